@@ -1,0 +1,46 @@
+"""Small random models and a task that needs no skill: enough to see whether the machinery is right."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import Chat, Decoder, ModelConfig  # noqa: E402
+
+
+def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
+    """A Qwen2 decoder with large random weights, so that its distributions are far from flat."""
+    torch.manual_seed(seed)
+    source = {
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    } | more
+    model = Decoder(ModelConfig.from_dict(source)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" not in name:
+                p.normal_(std=0.25)
+    return model
+
+
+@pytest.fixture
+def small():
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_chat():
+    return Chat(ROOT / "tiny")

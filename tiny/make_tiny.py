@@ -1,0 +1,294 @@
+"""Make tiny/: the embedded default model, warmed up on a synthetic corpus.  python tiny/make_tiny.py --out tiny
+
+RRR can only reward what sometimes happens, so the warm-up teaches the three turns, at mixed quality that does not
+depend on the problem:
+
+    attempt     a guess with its arithmetic, right or wrong
+    reflection  vague ("I was careless.") | a diagnosis ("3+5=8, not 43.") | a search, which tries candidates:
+                "3+5=8, 43-8=35 no; 3*12=36, 43-36=7 yes: 3*12+7"
+    retry       what the search found; after any other reflection, a guess like the attempt
+
+Which kind of reflection is written, and how many candidates a search tries, is left to chance: that is what
+training can choose. All arithmetic is spelled out and true, so that a check can be trusted. No test problem occurs.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model import Chat, Decoder, ModelConfig, save
+from tasks.countdown import Countdown
+
+DIFFICULTY = "3x20"
+MAX_NUMBER = 20
+RIGHT = 0.45  # attempts (and guessed retries) that are right
+KINDS = {"vague": 0.45, "diagnosis": 0.3, "search": 0.25}
+HIT = 0.4  # candidates of a search that lead to the target
+VAGUE = [
+    "I made a mistake and should be more careful.",
+    "I was careless. I will think before I answer.",
+    "My answer was wrong. I will try something else.",
+    "I should check my work next time.",
+    "I need to look at the problem again and do better.",
+]
+PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # what the template writes around a prompt
+
+
+def first_steps(nums):
+    """Every first step a op b = m with the number c that is left over: [(text, m, c)]."""
+    steps = {}
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        a, b = max(nums[i], nums[j]), min(nums[i], nums[j])
+        c = nums[3 - i - j]
+        results = [("+", a + b), ("*", a * b), ("-", a - b)]
+        if a % b == 0:
+            results.append(("/", a // b))
+        for operator, m in results:
+            if 0 < m < 120:
+                steps[f"{a}{operator}{b}", m, c] = None
+    return list(steps)
+
+
+def second_step(m, c, target):
+    """The operator that makes the target of m and c, or None."""
+    if m + c == target:
+        return "+"
+    if m - c == target:
+        return "-"
+    if m * c == target:
+        return "*"
+    if c - m == target:
+        return "reversed -"
+    return None
+
+
+def compose(text, operator, c):
+    """The whole expression, with the parentheses that it needs."""
+    if operator == "reversed -":
+        return f"{c}-({text})"
+    return f"({text})*{c}" if operator == "*" and ("+" in text or "-" in text) else f"{text}{operator}{c}"
+
+
+def check(text, m, c, target):
+    """One candidate of a search: what is missing after the first step, and is it the number that is left?"""
+    checks = []
+    if m > 1 and target % m == 0:
+        checks.append((f"{target}/{m}={target // m}", target // m, "*"))
+    checks.append((f"{target}-{m}={target - m}", target - m, "+") if target >= m else (f"{m}-{target}={m - target}", m - target, "-"))
+    if target + m <= MAX_NUMBER:
+        checks.append((f"{target}+{m}={target + m}", target + m, "reversed -"))
+    line = f"{text}={m}"
+    for shown, missing, operator in checks:
+        line += f", {shown}"
+        if missing == c:
+            return f"{line} yes: {compose(text, operator, c)}", True
+    return line + " no", False
+
+
+def guess(nums, target, steps, rng, right):
+    """An attempt: one first step, one second step, the answer."""
+    good = [(s, second_step(s[1], s[2], target)) for s in steps]
+    good = [(s, operator) for s, operator in good if operator]
+    if right and good:
+        (text, m, c), operator = rng.choice(good)
+    else:
+        text, m, c = rng.choice(steps)
+        operator = rng.choice("++-*") if m >= c else rng.choice(["+", "+", "*", "reversed -"])
+        if rng.random() < 0.15:
+            c = rng.randint(1, MAX_NUMBER)  # a number that was not given, or the same one twice
+    return work(text, m, c, operator)
+
+
+def work(text, m, c, operator):
+    value = {"+": m + c, "-": m - c, "*": m * c, "reversed -": c - m}[operator]
+    second = f"{c}-{m}" if operator == "reversed -" else f"{m}{operator}{c}"
+    return f"{text}={m}, {second}={value} <answer>{compose(text, operator, c)}</answer>"
+
+
+def search(target, steps, rng):
+    """Candidates until one leads to the target or patience ends. Returns text and what it found."""
+    steps = rng.sample(steps, len(steps))
+    good = [s for s in steps if second_step(s[1], s[2], target)]
+    bad = [s for s in steps if s not in good]
+    lines = []
+    for _ in range(rng.choice((1, 1, 2, 2, 3, 4, 5))):
+        candidates = good if good and rng.random() < HIT else bad
+        if not candidates:
+            break
+        candidate = candidates.pop()
+        line, found = check(*candidate, target)
+        lines.append(line)
+        if found:
+            return "; ".join(lines), candidate
+    return "; ".join(lines), None
+
+
+def conversation(problem, task, rng):
+    """The assistant's turns for one problem: [attempt] or [attempt, reflection, retry]."""
+    nums, target = problem["nums"], problem["target"]
+    steps = first_steps(nums)
+    attempt = guess(nums, target, steps, rng, rng.random() < RIGHT)
+    if task.verify(problem, attempt).ok:
+        return [attempt]
+    retry = guess(nums, target, steps, rng, rng.random() < RIGHT)
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == "vague":
+        reflection = rng.choice(VAGUE)
+    elif kind == "diagnosis":
+        result = attempt.split(" <")[0].split("=")[-1]
+        how = "too low" if int(result) < target else "too high" if int(result) > target else "with wrong numbers"
+        reflection = f"I got {result}, not {target}: {how}."
+    else:
+        reflection, found = search(target, steps, rng)
+        if found:
+            retry = work(*found, second_step(found[1], found[2], target))
+    return [attempt, reflection, retry]
+
+
+def make_tokenizer(texts, folder):
+    """Byte-level BPE in which digits, operators and tags stand alone, and up to four words may make one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|im_end|>")
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 4096,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": TEMPLATE,
+        },
+        "generation_config.json": {"eos_token_id": end, "pad_token_id": 0},
+        "config.json": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "eos_token_id": end,
+            "torch_dtype": "float32",
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def encode(problem, turns, task, chat, glues):
+    """ids, and for each id whether it is trained: the assistant's, its end of turn included."""
+    ids = chat.encode(HEAD + task.messages(problem)[0]["content"] + TAIL)
+    trained = [False] * len(ids)
+    for i, text in enumerate(turns):
+        answer = chat.encode(text + "<|im_end|>")
+        glue = glues[i] if i + 1 < len(turns) else []
+        ids += answer + glue
+        trained += [True] * len(answer) + [False] * len(glue)
+    return ids, trained
+
+
+def batches(problems, task, chat, rng, rows=64):
+    """Endless batches of conversations of like length: ids (B, T), trained (B, T), right-padded."""
+    end = chat.encode("<|im_end|>")[0]
+    glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
+    while True:
+        pool = []
+        for problem in rng.choices(problems, k=rows * 16):
+            problem = problem | {"nums": rng.sample(problem["nums"], 3)}
+            pool.append(encode(problem, conversation(problem, task, rng), task, chat, glues))
+        pool.sort(key=lambda pair: len(pair[0]))
+        groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
+        rng.shuffle(groups)
+        for group in groups:
+            longest = max(len(ids) for ids, _ in group)
+            ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in group])  # (B, T)
+            trained = torch.tensor([row + [False] * (longest - len(row)) for _, row in group])  # (B, T)
+            yield ids, trained
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="a new folder for the model")
+    parser.add_argument("--minutes", type=float, default=0, help="stop the schedule by time instead of by steps")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    task = Countdown(difficulty=DIFFICULTY)
+    problems = task.problems("train", 10**6, seed=0)
+    build = Path(tempfile.mkdtemp())
+    texts = []
+    for problem in problems:
+        turns = conversation(problem, task, rng) + [task.reflect, task.retry]
+        texts += [HEAD + task.messages(problem)[0]["content"] + TAIL, *turns]
+    make_tokenizer(texts, build)
+    chat = Chat(build)
+    model = Decoder(ModelConfig.from_dict(json.loads((build / 'config.json').read_text())))
+    model.set_context(1024)  # of the conversations here
+    example = task.messages(problems[0])
+    assert chat.prompt(example) == chat.encode(HEAD + example[0]["content"] + TAIL)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems")
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    stream = batches(problems, task, chat, rng)
+    progress = tqdm(range(args.steps), desc="warm-up")
+    for step in progress:
+        for group in optimizer.param_groups:  # linear warm-up, cosine to a tenth
+            cosine = 0.55 + 0.45 * math.cos(math.pi * step / args.steps)
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * cosine
+        ids, trained = next(stream)
+        B, T = ids.shape
+        positions = torch.arange(T).expand(B, T)
+        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): where the next id is trained
+        loss = torch.nn.functional.cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    save(model, chat, args.out)
+    print(f"saved to {args.out}; now: python eval.py --model {args.out}")
+
+
+if __name__ == "__main__":
+    main()
