@@ -1,8 +1,8 @@
-"""How good are a model's first and second tries?  python eval.py --task countdown --model NAME_OR_RUN
+"""First and second tries of a model.  python eval.py --task countdown --model NAME_OR_RUN
 
-Answers each problem once; where that fails, reflects and tries again. Second try counts the problems solved by
-either. With the controls that show whether it is the reflection that helps: a retry without one, with a fixed
-generic one, and with another problem's. The controls start from the same failed attempts.
+Answers each problem once; where that fails, reflects and tries again. "Second try" counts problems
+solved by either. The controls show whether it is the reflection that helps: from the same failed
+attempts, a retry without one, with a fixed generic one, and with another problem's.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, load, resolve
+from model import UserError, check, load, resolve
 from rrr import Rollout, Sampling
 from tasks import get_task
 
@@ -30,13 +30,13 @@ CONTROLS = ("no reflection", "generic reflection", "another's reflection")
 class Common(Sampling):
     """The options that train.py and eval.py share."""
 
-    model: str = "tiny"  # tiny, a short name such as qwen2.5-1.5b, a hub id owner/name, a folder, or a run
+    model: str = "tiny"  # tiny, a name such as qwen2.5-1.5b, a hub id owner/name, a folder, a run
     task: str = "countdown"  # countdown or function_calling
-    data: str | None = None  # a file of problems (.json, .jsonl, .parquet), or owner/name:path on the hub
-    difficulty: str | None = None  # of the task's own problems; countdown: 3x20 is 3 numbers up to 20
+    data: str | None = None  # problems from a .json, .jsonl or .parquet file, or owner/name:path
+    difficulty: str | None = None  # of generated problems; countdown's 3x15: 3 numbers up to 20
     device: str = "auto"  # cpu or cuda; auto takes a GPU where there is one
     dtype: str = "auto"  # float32 or bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
-    context: int | None = None  # tokens of a whole conversation at most (default: the model's, up to 4096)
+    context: int | None = None  # tokens of a whole conversation (default: the model's, up to 4096)
     seed: int = 0  # of problems and sampling
     eval_n: int = 500  # held-out problems of an evaluation
 
@@ -45,8 +45,8 @@ class Common(Sampling):
 class Config(Common):
     top_k: int = 0  # sample from the k likeliest ids only (0: from all)
     top_p: float = 1.0  # sample from the likeliest ids that hold this share of the probability
-    out: str | None = None  # folder for eval.json and episodes.jsonl (default: the run's folder, or eval-MODEL)
-    compare: list | None = None  # two evaluated folders, A B: show their eval.json side by side and do nothing else
+    out: str | None = None  # folder for the results (default: the run's, or eval-MODEL)
+    compare: list | None = None  # two folders with results: show them side by side, do nothing else
 
 
 # ---- options, devices, seeds ----
@@ -54,96 +54,92 @@ class Config(Common):
 
 def profile(model: str, cuda: bool) -> dict:
     """Defaults that depend on the model and the device, so that no flag is needed."""
-    folder = Path(model) if Path(model).is_dir() else None
     small = model == "tiny"
-    if folder and not small:
+    if Path(model).is_dir():
         try:
-            small = json.loads((resolve(model) / "config.json").read_text())["hidden_size"] <= 256
-        except (OSError, ValueError, KeyError, UserError):
+            config = json.loads((resolve(model) / "config.json").read_text())
+            small = config["hidden_size"] <= 256
+        except (OSError, ValueError, KeyError, TypeError):
             pass  # load() will say what is wrong with it
     if small:
-        return dict(
-            **dict(difficulty="3x20", attempt_tokens=48, reflection_tokens=112, retry_tokens=48, sample_rows=512),
-            **dict(steps=60, batch_size=32, lr=1e-4, kl_beta=0.001, pool_problems=1000, save_every=50),
-        )
+        limits = dict(attempt_tokens=48, reflection_tokens=112, retry_tokens=48, sample_rows=512)
+        return limits | dict(difficulty="3x15", steps=60, lr=1e-4, pool_problems=1000)
     if cuda:
         return {}
-    return dict(  # a real model on a CPU: small enough to watch
-        **dict(attempt_tokens=128, reflection_tokens=96, retry_tokens=128, sample_rows=32, eval_n=24),
-        **dict(steps=10, batch_size=4, group_size=4, pool_problems=32, save_every=5, micro_batch_tokens=2048),
-    )
+    limits = dict(attempt_tokens=128, reflection_tokens=96, retry_tokens=128, sample_rows=32)
+    few = dict(steps=10, batch_size=4, group_size=4, pool_problems=32, eval_n=24, save_every=5)
+    return limits | few | dict(micro_batch_tokens=2048)
 
 
-def parse(cls, argv, description):
-    """A dataclass as a command line: one option a field, its comment the help; unknown options are refused.
-    Returns the options, with the model's and device's defaults filled in, and the names that were given."""
+def parse(cls, argv: list[str], description: str):
+    """A dataclass as a command line: an option for each field, its comment the help; unknown ones
+    are refused. Returns the options and the names of those that were given."""
     helps = {}
     for base in reversed(cls.__mro__[:-1]):
-        helps.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
+        helps |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
 
     def flag(text):
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"expected true or false, found '{text}'")
         return text.lower() == "true"
 
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(cls):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
-        many = {"nargs": 2, "metavar": ("A", "B")} if kind is list else {"type": flag if kind is bool else kind}
-        shown = "" if f.default is None else f" [{f.default}]"
-        parser.add_argument(f"--{f.name}", help=(helps[f.name] + shown).replace("%", "%%"), default=f.default, **many)
-    given = {f.name for f in fields(cls) if any(a.split("=")[0] == f"--{f.name}" for a in argv)}
-    first = parser.parse_args(argv)
-    cuda = first.device == "cuda" or (first.device == "auto" and torch.cuda.is_available())
-    names = {f.name for f in fields(cls)}
-    parser.set_defaults(**{k: v for k, v in profile(first.model, cuda).items() if k in names})
+        how = {"type": flag if kind is bool else kind}
+        if kind is list:
+            how = {"nargs": 2, "metavar": ("A", "B")}
+        words = helps[f.name] + ("" if f.default is None else f" [{f.default}]")
+        parser.add_argument(f"--{f.name}", default=f.default, help=words.replace("%", "%%"), **how)
     config = cls(**vars(parser.parse_args(argv)))
-    if (first.task != "countdown" or first.data) and "difficulty" not in given:
-        config.difficulty = None  # the profile's is for countdown's own problems
+    given = {f.name for f in fields(cls) if any(a.split("=")[0] == f"--{f.name}" for a in argv)}
+    for name, value in profile(config.model, pick_device(config.device) == "cuda").items():
+        own = name != "difficulty" or (config.task == "countdown" and not config.data)
+        if hasattr(config, name) and name not in given and own:
+            setattr(config, name, value)
     return config, given
 
 
+def pick_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def open_model(config: Common):
-    """(model, chat, task, device) as the options ask for; prints what was chosen."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu or cuda, found '{device}'.")
-    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype must be auto, float32 or bfloat16, found '{config.dtype}'.")
+    """(model, chat, task) as the options ask for; prints what was chosen."""
+    device = pick_device(config.device)
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    dtype = dtype if config.dtype == "auto" else config.dtype
+    check(device in ("cpu", "cuda"), f"--device must be auto, cpu or cuda, found '{device}'.")
+    choices = "auto, float32 or bfloat16"
+    check(dtype in ("float32", "bfloat16"), f"--dtype must be {choices}, found '{dtype}'.")
     for name in ("attempt_tokens", "reflection_tokens", "retry_tokens", "sample_rows", "eval_n"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, found {getattr(config, name)}.")
-    if config.temperature < 0:
-        raise UserError(f"--temperature must not be negative, found {config.temperature}.")
+        found = getattr(config, name)
+        check(found >= 1, f"--{name} must be at least 1, found {found}.")
     task = get_task(config.task, config.data, config.difficulty)
     model, chat = load(config.model, device, getattr(torch, dtype), config.context)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{config.model}: {count / 1e6:,.1f} M parameters, {dtype} on {device}; task {config.task}", flush=True)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{config.model}: {millions:,.1f} M parameters, {dtype} on {device}; {config.task}")
     return model, chat, task
 
 
 def seeded(model, *names) -> torch.Generator:
-    """A generator whose seed is a function of `names` alone: a step's draws do not depend on the steps before
-    it, so a resumed run repeats an unbroken one without any stored generator state."""
+    """A generator whose seed is a function of `names` alone. A step's draws do not depend on the
+    steps before it: a resumed run repeats an unbroken one without any stored generator state."""
     seed = int.from_bytes(sha256(repr(names).encode()).digest()[:7])
     return torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
 
 
 def chunks(items: list, size: int) -> list[list]:
     """Parts of at most `size` items and about equal length."""
-    parts = math.ceil(len(items) / size)
-    return [items[len(items) * i // parts : len(items) * (i + 1) // parts] for i in range(parts)]
+    n, parts = len(items), math.ceil(len(items) / size)
+    return [items[n * i // parts : n * (i + 1) // parts] for i in range(parts)]
 
 
-def held_out(task, config) -> list[dict]:
-    problems = task.problems("test", config.eval_n, seed=0)  # the same for every run: seeds share one test set
-    if not problems:
-        raise UserError("there is no held-out problem (one in five, by a hash of its key): the data is too small.")
+def held_out(task, config: Common) -> list[dict]:
+    """The test problems: the same for every seed, so that runs are compared on one set."""
+    problems = task.problems("test", config.eval_n, 0)
+    check(problems, "the data is too small: no problem is left to test on (one in five is).")
     return problems
 
 
@@ -151,7 +147,7 @@ def held_out(task, config) -> list[dict]:
 
 
 def interval(k: int, n: int) -> dict:
-    """Share k of n with its 95% Wilson interval."""
+    """The share k of n with its 95% Wilson interval."""
     z, p = 1.96, k / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -159,53 +155,47 @@ def interval(k: int, n: int) -> dict:
 
 
 def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), desc="evaluation"):
-    """First and second tries on the problems: a report (JSON), and the episodes."""
-    episodes, solved_by = [], Counter()
-    failed = 0
+    """First and second tries on the problems. Returns a report (JSON) and the episodes."""
+    episodes, mended_by = [], Counter()
     for i, chunk in enumerate(chunks(problems, rollout.settings.sample_rows)):
-        label = f"{desc} {i + 1}/{math.ceil(len(problems) / rollout.settings.sample_rows)}"
         generator = seeded(rollout.model, seed, "evaluate", i)
-        attempts, conversations = rollout.attempt(chunk, generator, f"{label}: attempts")
-        rows = [row for row, episode in enumerate(attempts) if not episode.attempt_verdict["ok"]]
-        failures = [attempts[row] for row in rows]
-        failed += len(failures)
-        if failures:
-            start = conversations.select(rows)
+        attempts, start = rollout.attempt(chunk, generator, f"{desc}: attempts")
+        rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
+        failures, start = [attempts[row] for row in rows], start.select(rows)
+        if rows:
             branch = start.fork(1)
-            reflected, branch = rollout.reflect(failures, branch, 1, generator, f"{label}: reflections")
-            rollout.retry(reflected, branch, 1, generator, f"{label}: retries")
-            for row, episode in zip(rows, reflected):
+            told, branch = rollout.reflect(failures, branch, 1, generator, f"{desc}: reflections")
+            rollout.retry(told, branch, 1, generator, f"{desc}: retries")
+            for row, episode in zip(rows, told):
                 attempts[row] = episode
             generic = rollout.chat.encode(rollout.task.generic_reflection)
-            own = [episode.reflection.ids for episode in reflected]
-            for name, given in zip(CONTROLS, (None, [generic] * len(own), own[1:] + own[:1])):
-                if name in controls:
-                    branch = start.fork(1)
-                    told = rollout.quote(failures, branch, given) if given else [replace(e) for e in failures]
-                    rollout.retry(told, branch, 1, generator, f"{label}: {name}")
-                    solved_by[name] += sum(episode.reward for episode in told)
+            own = [episode.reflection.ids for episode in told]
+            given = (None, [generic] * len(own), own[1:] + own[:1])  # one for each of CONTROLS
+            for name, ids in [pair for pair in zip(CONTROLS, given) if pair[0] in controls]:
+                branch, told = start.fork(1), [replace(episode) for episode in failures]
+                if ids:
+                    told = rollout.quote(failures, branch, ids)
+                rollout.retry(told, branch, 1, generator, f"{desc}: {name}")
+                mended_by[name] += sum(int(episode.reward) for episode in told)
         episodes += attempts
-    n, first = len(problems), len(problems) - failed
-    second = first + int(sum(episode.reward or 0 for episode in episodes))
-    reflections = [episode.reflection for episode in episodes if episode.reflection]
-    retries = [(turn, verdict) for e in episodes for turn, verdict in zip(e.retries, e.retry_verdicts)]
 
-    def share(turns):
-        return sum(not turn.stopped for turn in turns) / len(turns) if turns else 0.0
-
+    n, failed = len(episodes), [e for e in episodes if not e.attempt_verdict["ok"]]
+    first, mended = n - len(failed), sum(int(e.reward) for e in failed)
+    turns = {
+        "attempt": [e.attempt for e in episodes],
+        "reflection": [e.reflection for e in failed],
+        "retry": [e.retries[0] for e in failed],
+    }
+    cut = {name: sum(not t.stopped for t in some) for name, some in turns.items()}
     report = {
         "first_try": interval(first, n),
-        "second_try": interval(second, n),
-        "retry_success": interval(second - first, failed) if failed else None,
-        "first_errors": Counter(e.attempt_verdict["error"] for e in episodes if not e.attempt_verdict["ok"]),
-        "second_errors": Counter(verdict["error"] for _, verdict in retries if not verdict["ok"]),
-        "reflection_tokens": sum(len(turn.ids) for turn in reflections) / max(1, len(reflections)),
-        "truncated": {
-            "attempt": share([episode.attempt for episode in episodes]),
-            "reflection": share(reflections),
-            "retry": share([turn for turn, _ in retries]),
-        },
-        "controls": {name: interval(first + int(solved_by[name]), n) for name in controls},
+        "second_try": interval(first + mended, n),
+        "retry_success": interval(mended, len(failed)) if failed else None,
+        "first_errors": Counter(e.attempt_verdict["error"] for e in failed),
+        "second_errors": Counter(e.retry_verdicts[0]["error"] for e in failed if not e.reward),
+        "reflection_tokens": sum(len(t.ids) for t in turns["reflection"]) / max(1, len(failed)),
+        "truncated": {name: count / max(1, len(turns[name])) for name, count in cut.items()},
+        "controls": {name: interval(first + mended_by[name], n) for name in controls},
     }
     return report, episodes
 
@@ -216,63 +206,75 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), des
 def percent(share: dict | None) -> str:
     if share is None:
         return "-"
-    return f"{100 * share['rate']:5.1f}% ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
+    return "{:5.1f}% ({:.1f} to {:.1f})".format(*(100 * share[k] for k in ("rate", "low", "high")))
 
 
-def table(reports: dict[str, dict], errors) -> str:
-    """Reports side by side, one column each."""
-    rows = [("", list(reports))]
-    every = list(reports.values())
-    rows.append(("problems", [str(r["first_try"]["n"]) for r in every]))
+def table(reports: dict[str, dict], errors: list[str]) -> str:
+    """Reports side by side, a column each; shares with 95% intervals, errors as shares of all."""
+    n = [report["first_try"]["n"] for report in reports.values()]
+    rows = [["", *reports], ["problems", *map(str, n)]]
+
+    def row(name, cell):
+        rows.append([name, *(cell(report) for report in reports.values())])
+
     for key in ("first_try", "second_try", "retry_success"):
-        rows.append((key.replace("_", " "), [percent(r[key]) for r in every]))
+        row(key.replace("_", " "), lambda r: percent(r[key]))
     for name in CONTROLS:
-        if any(name in r["controls"] for r in every):
-            rows.append((f"  second try, {name}", [percent(r["controls"].get(name)) for r in every]))
+        if any(name in report["controls"] for report in reports.values()):
+            row(f"  second try, {name}", lambda r: percent(r["controls"].get(name)))
     for which in ("first", "second"):
         for error in errors:
-            counts = [r[f"{which}_errors"].get(error, 0) for r in every]
-            rows.append((f"  {which} try: {error}", [f"{100 * c / r['first_try']['n']:5.1f}%" for c, r in zip(counts, every)]))
-    rows.append(("reflection tokens", [f"{r['reflection_tokens']:5.1f}" for r in every]))
+            counts = (report[f"{which}_errors"].get(error, 0) for report in reports.values())
+            shares = [f"{100 * count / all_:5.1f}%" for count, all_ in zip(counts, n)]
+            rows.append([f"  {which} try: {error}", *shares])
+    row("reflection tokens", lambda r: f"{r['reflection_tokens']:5.1f}")
     for turn in ("attempt", "reflection", "retry"):
-        rows.append((f"  {turn} cut at its cap", [f"{100 * r['truncated'][turn]:5.1f}%" for r in every]))
-    return "\n".join(f"{name:38}" + "".join(f"{cell:26}" for cell in cells).rstrip() for name, cells in rows)
+        row(f"  {turn} cut at its cap", lambda r: f"{100 * r['truncated'][turn]:5.1f}%")
+    lines = [f"{name:36}" + "".join(f"{cell:24}" for cell in cells) for name, *cells in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def compare(folders: list[str]) -> None:
+    reports = {}
+    for folder in folders:
+        try:
+            content = json.loads((Path(folder) / "eval.json").read_text())
+            reports[folder], errors = content["report"], content["errors"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} has no eval.json that can be read ({error!r}).") from None
+    print(table(reports, errors))
 
 
 def run(config: Config) -> None:
-    if config.compare:
-        reports = {}
-        for folder in config.compare:
-            try:
-                reports[folder] = json.loads((Path(folder) / "eval.json").read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"{folder} has no readable eval.json ({error}); run eval.py --model {folder}.") from None
-        print(table({k: v["report"] for k, v in reports.items()}, next(iter(reports.values()))["errors"]))
-        return
+    check(config.temperature >= 0, f"--temperature must be 0 or more, found {config.temperature}.")
     model, chat, task = open_model(config)
-    drawing = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    rollout = Rollout(model, chat, task, config, **drawing)
+    narrowed = {"top_k": config.top_k, "top_p": config.top_p}
+    rollout = Rollout(model, chat, task, config, **narrowed)
     report, episodes = evaluate(rollout, held_out(task, config), config.seed, CONTROLS)
     is_run = Path(config.model).is_dir() and resolve(config.model) != Path(config.model)
     out = Path(config.out or (config.model if is_run else f"eval-{Path(config.model).name}"))
+    content = {"config": asdict(config), "errors": task.errors, "report": report}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        content = {"config": asdict(config), "errors": task.errors, "report": report}
         (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
-        (out / "eval_episodes.jsonl").write_text("".join(episode.to_json() + "\n" for episode in episodes))
+        lines = [episode.to_json() + "\n" for episode in episodes]
+        (out / "eval_episodes.jsonl").write_text("".join(lines))
     except OSError as error:
         raise UserError(f"the evaluation cannot be written to {out} ({error}).") from None
     print(table({config.model: report}, task.errors))
-    print(f"\n{out}/eval.json, {out}/eval_episodes.jsonl")
+    print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     try:
-        run(parse(Config, sys.argv[1:] if argv is None else argv, __doc__)[0])
+        config, _ = parse(Config, sys.argv[1:] if argv is None else argv, __doc__)
+        compare(config.compare) if config.compare else run(config)
     except UserError as error:
         sys.exit(f"eval.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("eval.py: out of GPU memory: lower --sample_rows or the --*_tokens limits.")
+    except KeyboardInterrupt:
+        sys.exit("eval.py: stopped; nothing was written.")
 
 
 if __name__ == "__main__":

@@ -6,21 +6,21 @@
              "you failed; reflect" -> REFLECTION -> "try again" -> retry -> verify -> reward 0/1
                                       ^^^^^^^^^^ the only trained tokens
 
-Read from the top: the settings, the data, the three stages, the reward, the batch and its mask, the loss. In one step
-of training each failure gets G reflections, each reflection a retry; a reflection whose retry succeeds more often
-than its siblings' becomes more likely.
+Read from the top: settings, data, the three stages, the reward, the batch and its mask, the loss.
+In a step of training each failure gets G reflections, and each reflection a retry. A reflection
+whose retry succeeds, where its siblings' fail, becomes more likely.
 
 Where this differs from the paper, or the paper is silent:
  1. The paper extends TRL's GRPOTrainer; here everything is written out.
- 2. Group size, token limits, temperature, clip range and the prompts' exact words are not in the paper: see
-    `Method` for ours, and tasks/ for the words.
- 3. A failure's prefix (prompt, attempt, instruction) runs once per group in the training pass, not once per
-    reflection. The result is the same (tests/test_loss.py).
- 4. Groups whose rewards are all equal have no policy gradient; they are left out of the training pass, and with
-    them their KL term.
+ 2. Group size, token limits, temperature, clip range and the exact prompts are not in the paper:
+    `Method` has our numbers, tasks/ our words.
+ 3. A failure's prefix (prompt, attempt, instruction) runs once per group in the training pass, not
+    once per reflection. The result is the same (tests/test_loss.py).
+ 4. Groups whose rewards are all equal have no policy gradient; they are left out of the training
+    pass, and their KL term with them.
  5. `retries_per_reflection` > 1 makes the reward the mean of several retries. 1 is the paper's.
- 6. With one update a batch the ratio is exactly 1: its denominator is the trainer's own log-prob, not the
-    sampler's, whose rounding differs.
+ 6. With one update a batch the ratio is exactly 1: its denominator is the trainer's own log-prob,
+    not the sampler's, whose rounding differs.
 """
 
 import json
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Chat, Decoder, UserError, causal
 from sampler import Conversations
 
-HEAD_CHUNK = 2048  # positions that meet the vocabulary at a time: bounds the largest tensor there is
+HEAD_CHUNK = 2048  # positions that meet the vocabulary at a time: the largest tensor there is
 
 
 # ---- settings: each field is a command-line option, its comment the help ----
@@ -46,16 +46,16 @@ class Sampling:
     reflection_tokens: int = 256  # cap of a reflection, in tokens
     retry_tokens: int = 512  # cap of a retry, in tokens
     temperature: float = 1.0  # of sampling, and divided out in the loss as well
-    sample_rows: int = 256  # conversations that are sampled side by side (lower it when sampling runs out of memory)
+    sample_rows: int = 256  # conversations sampled side by side (lower it to save memory)
 
 
 @dataclass
 class Method(Sampling):
     group_size: int = 8  # reflections for each failure (GRPO's G)
-    retries_per_reflection: int = 1  # retries for each reflection; the reward is their mean (the paper: 1)
-    train_on: str = "reflection"  # reflection (the method), or for ablations: reflection+retry, everything
+    retries_per_reflection: int = 1  # retries a reflection; its reward is their mean (the paper: 1)
+    train_on: str = "reflection"  # reflection; for ablations: reflection+retry, everything
     scale_advantages: bool = True  # divide by the group's standard deviation (off: Dr. GRPO)
-    loss_norm: str = "token"  # token (mean over the batch's trained tokens), sequence (GRPO), constant (Dr. GRPO)
+    loss_norm: str = "token"  # token (the batch's mean), sequence (GRPO), constant (Dr. GRPO)
     kl_beta: float = 0.001  # weight of the KL term (0 loads no reference model)
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.2  # and above 1 + clip_high
@@ -70,10 +70,10 @@ TRAINED_TURNS = {"reflection": (1,), "reflection+retry": (1, 2), "everything": (
 
 @dataclass
 class Turn:
-    """What was read and what was written. The concatenation of prompt_ids + ids over the turns is the conversation,
-    id for id as the model saw it; `text` is for verifiers and eyes."""
+    """What was read and what was written. prompt_ids + ids, turn after turn, is the conversation
+    as the model saw it, id for id; `text` is for verifiers and eyes."""
 
-    prompt_ids: list[int]  # the prompt, or for later turns the glue: end of turn, instruction, header
+    prompt_ids: list[int]  # the prompt; in later turns the glue: end of turn, instruction, header
     ids: list[int]  # the sampled ids, the stop token included
     logps: list[float]  # of ids, at the sampling temperature, as the sampler saw them
     text: str
@@ -110,36 +110,38 @@ class Episode:
 
 
 class Rollout:
-    """The three turns of an episode, for one model and one task. The conversation is one growing KV cache: what
-    `attempt` (or `reread`) left there serves `reflect`, and what that left serves `retry`. Nothing runs twice."""
+    """The three turns of an episode, for one model and one task. A conversation is one growing KV
+    cache: what `attempt` (or `reread`) leaves there serves `reflect`, and what that leaves serves
+    `retry`. Nothing runs twice."""
 
     def __init__(self, model: Decoder, chat: Chat, task, settings: Sampling, **narrowed):
         """`narrowed`: temperature, top_k or top_p other than training's, for evaluation."""
         self.model, self.chat, self.task, self.settings = model, chat, task, settings
         self.drawing = {"temperature": settings.temperature} | narrowed
-        instructions = len(chat.glue(task.reflect, -1)) + len(chat.glue(task.retry, -1))
-        self.room = settings.attempt_tokens + settings.reflection_tokens + settings.retry_tokens + instructions
+        self.room = settings.attempt_tokens + settings.reflection_tokens + settings.retry_tokens
+        self.room += len(chat.glue(task.reflect, -1)) + len(chat.glue(task.retry, -1))
 
     def prompt(self, problem: dict) -> list[int]:
-        """Ids of the problem's prompt. Raises UserError where the whole episode could overrun the context."""
+        """Ids of the problem's prompt. UserError where an episode could overrun the context."""
         tools = self.task.tools(problem) if self.chat.native_tools else None
         ids = self.chat.prompt(self.task.messages(problem, native_tools=tools is not None), tools)
         if len(ids) + self.room > self.model.context:
             raise UserError(
-                f"the prompt of problem {problem['key'][:60]} has {len(ids)} tokens; with {self.room} for the turns "
-                f"that is more than the context of {self.model.context}: raise --context, or lower "
-                "--attempt_tokens, --reflection_tokens and --retry_tokens."
+                f"the prompt of {problem['key'][:60]} has {len(ids)} tokens; with {self.room} for "
+                f"the turns that exceeds the context of {self.model.context}: raise --context, or "
+                "lower --attempt_tokens, --reflection_tokens and --retry_tokens."
             )
         return ids
 
-    def attempt(self, problems: list[dict], generator, desc="attempts") -> tuple[list[Episode], Conversations]:
-        """First answers, verified; group i is problem i."""
+    def attempt(self, problems: list[dict], generator, desc="attempts"):
+        """First answers, verified; group i is problem i. Returns episodes and conversations."""
         prompts = [self.prompt(problem) for problem in problems]
         conversations = Conversations(self.model, len(problems), max(map(len, prompts)) + self.room)
         conversations.extend(prompts)
         turns = self._write(conversations, prompts, self.settings.attempt_tokens, generator, desc)
         verdicts = [self._verify(problem, turn) for problem, turn in zip(problems, turns)]
-        return [Episode(*row) for row in zip(problems, range(len(problems)), turns, verdicts)], conversations
+        groups = range(len(problems))
+        return [Episode(*row) for row in zip(problems, groups, turns, verdicts)], conversations
 
     def reread(self, failures: list[Episode]) -> Conversations:
         """The conversations of attempts that were sampled earlier (the failure pool)."""
@@ -148,27 +150,29 @@ class Rollout:
         conversations.extend(read)
         return conversations
 
-    def reflect(
-        self, failures: list[Episode], conversations: Conversations, G: int, generator, desc="reflections"
-    ) -> tuple[list[Episode], Conversations]:
-        """G reflections on each failure, side by side: its cache is forked, group i is failure i."""
+    def reflect(self, failures, conversations, G: int, generator, desc="reflections"):
+        """G reflections on each failure, side by side: its cache is forked, group i is failure i.
+        Returns G episodes for each failure, and their conversations."""
         glue = [self.chat.glue(self.task.reflect, failure.attempt.ids[-1]) for failure in failures]
         conversations.extend(glue)
         conversations = conversations.fork(G)
         glue = [piece for piece in glue for _ in range(G)]
         turns = self._write(conversations, glue, self.settings.reflection_tokens, generator, desc)
-        episodes = [replace(failures[i // G], group=i // G, reflection=turn) for i, turn in enumerate(turns)]
-        return episodes, conversations
+        groups = [i // G for i in range(len(turns))]
+        rows = [replace(failures[g], group=g, reflection=turn) for g, turn in zip(groups, turns)]
+        return rows, conversations
 
-    def quote(self, failures: list[Episode], conversations: Conversations, reflections: list[list[int]]):
-        """In place of `reflect`, eval.py's controls: each failure is given a reflection that it did not write."""
+    def quote(self, failures, conversations, reflections: list[list[int]]) -> list[Episode]:
+        """In place of `reflect`, for controls: each failure is given a reflection not its own."""
         glue = [self.chat.glue(self.task.reflect, failure.attempt.ids[-1]) for failure in failures]
         conversations.extend([piece + ids for piece, ids in zip(glue, reflections)])
-        turns = [Turn(piece, ids, [], self.chat.decode(ids), True) for piece, ids in zip(glue, reflections)]
+        texts = map(self.chat.decode, reflections)
+        rows = zip(glue, reflections, texts)
+        turns = [Turn(piece, ids, [], text, True) for piece, ids, text in rows]
         return [replace(failure, reflection=turn) for failure, turn in zip(failures, turns)]
 
-    def retry(self, episodes: list[Episode], conversations: Conversations, R: int, generator, desc="retries") -> None:
-        """R retries on each reflection, verified; fills in retries, retry_verdicts and reward."""
+    def retry(self, episodes, conversations, R: int, generator, desc="retries") -> None:
+        """R retries on each reflection, verified: fills in retries, retry_verdicts and reward."""
         last_ids = [(episode.reflection or episode.attempt).ids[-1] for episode in episodes]
         glue = [self.chat.glue(self.task.retry, last_id) for last_id in last_ids]
         conversations.extend(glue)
@@ -177,14 +181,16 @@ class Rollout:
         turns = self._write(conversations, glue, self.settings.retry_tokens, generator, desc)
         for i, episode in enumerate(episodes):
             episode.retries = turns[i * R : (i + 1) * R]
-            episode.retry_verdicts = [self._verify(episode.problem, turn) for turn in episode.retries]
-            episode.reward = sum(verdict["ok"] for verdict in episode.retry_verdicts) / R
+            verdicts = [self._verify(episode.problem, turn) for turn in episode.retries]
+            episode.retry_verdicts = verdicts
+            episode.reward = sum(verdict["ok"] for verdict in verdicts) / R
 
     def _write(self, conversations, prompts, max_tokens, generator, desc) -> list[Turn]:
-        sampled = conversations.sample(max_tokens, self.chat.stop_ids, generator, desc=desc, **self.drawing)
-        return [
-            Turn(prompt, s.ids, s.logps, self.chat.decode(s.ids), s.stopped) for prompt, s in zip(prompts, sampled)
-        ]
+        stops = self.chat.stop_ids
+        sampled = conversations.sample(max_tokens, stops, generator, desc=desc, **self.drawing)
+        texts = [self.chat.decode(s.ids) for s in sampled]
+        rows = zip(prompts, sampled, texts)
+        return [Turn(prompt, s.ids, s.logps, text, s.stopped) for prompt, s, text in rows]
 
     def _verify(self, problem, turn):
         return asdict(self.task.verify(problem, turn.text))
@@ -212,8 +218,9 @@ def assign_advantages(episodes: list[Episode], scale: bool = True) -> None:
 
 @dataclass
 class Batch:
-    """N groups of G episodes, for the shared-prefix pass. Already shifted: `targets` are the ids that `suffix`'s
-    positions predict. For a prefix "a b c" and the reflections "x y." and "z." (N = 1, G = 2, R = 3):
+    """N groups of G episodes, for the shared-prefix pass. Already shifted: `targets` are the ids
+    that the positions of `suffix` predict. For a prefix "a b c", reflections "x y." and "z."
+    (N = 1, G = 2, R = 3; 0 is padding):
 
         prefix   a b          suffix  c x y     targets  x y .     mask  1 1 1
                                       c z 0              z . 0           1 1 0
@@ -221,10 +228,10 @@ class Batch:
 
     prefix: Tensor  # (N, P) int64, right-padded: what the G episodes share, but for its last id
     prefix_lengths: Tensor  # (N,) int64
-    suffix: Tensor  # (N, G, R) int64, right-padded: the shared last id, then each episode's own ids but the last
+    suffix: Tensor  # (N, G, R) int64, right-padded: that last id, then its own but the last
     targets: Tensor  # (N, G, R) int64
     mask: Tensor  # (N, G, R) bool: the trained tokens are exactly these
-    weights: Tensor  # (N, G, R) float32: mask / denominator; the weights of a token-normalised batch sum to 1
+    weights: Tensor  # (N, G, R) float32: mask / denominator
     sampled_logps: Tensor  # (N, G, R) float32: the sampler's, for comparison
     advantages: Tensor  # (N, G, 1) float32
 
@@ -233,9 +240,9 @@ class Batch:
 
 
 def spans(episode: Episode, train_on: str) -> tuple[list[int], list[int], list[bool], list[float]]:
-    """The conversation cut where training starts: prefix ids; then ids, trained?, sampled logps from there on.
-    Ids and mask are made together here and nowhere else. The sampled stop token is trained like any other;
-    a turn that was cut has none. To train something else, change TRAINED_TURNS."""
+    """The conversation, cut where training starts: the prefix's ids; from there on ids, trained?,
+    and sampled logps. Ids and mask are made together, here and nowhere else. The sampled stop token
+    is trained like any other; a turn that was cut has none."""
     trained = TRAINED_TURNS[train_on]
     turns = [episode.attempt, episode.reflection, *episode.retries[:1]][: trained[-1] + 1]
     prefix, ids, mask, logps = [], [], [], []
@@ -258,12 +265,12 @@ def spans(episode: Episode, train_on: str) -> tuple[list[int], list[int], list[b
 def make_batches(
     episodes: list[Episode], train_on: str, loss_norm: str, constant: int, max_tokens: int
 ) -> list[Batch]:
-    """Episodes with advantages -> micro-batches of whole groups, each of at most max_tokens ids (padding
-    included; a single group may be larger). Groups without signal are left out.
+    """Episodes with advantages -> micro-batches of whole groups, of at most max_tokens ids each
+    (padding included; a single group may be larger). Groups without signal are left out.
 
-    The denominators are counted here, once, over the whole batch; so the sum of the micro-batches' losses does
-    not depend on how they are cut:
-        token      sum of the mask over the batch
+    The denominators are counted here, once, over the whole batch, so that the sum of the
+    micro-batches' losses does not depend on how they are cut:
+        token      the trained tokens of the batch
         sequence   an episode's trained tokens, times the number of episodes (GRPO)
         constant   `constant` (a cap in tokens), times the number of episodes (Dr. GRPO)
     """
@@ -272,15 +279,18 @@ def make_batches(
         groups.setdefault(episode.group, []).append(episode)
     groups = [group for group in groups.values() if len({episode.reward for episode in group}) > 1]
     groups = [[(episode, *spans(episode, train_on)) for episode in group] for group in groups]
-    sizes = [sum(mask) for group in groups for *_, mask, _ in group]  # trained tokens of each episode
+    sizes = [sum(mask) for group in groups for *_, mask, _ in group]  # by episode
+    total, count = sum(sizes), len(sizes)
 
     def denominator(mask):
-        return {"token": sum(sizes), "sequence": sum(mask) * len(sizes), "constant": constant * len(sizes)}[loss_norm]
+        per_sequence = {"sequence": sum(mask) * count, "constant": constant * count}
+        return per_sequence.get(loss_norm, total)
 
     def shape(some):  # P and R of a micro-batch
-        return max(len(group[0][1]) for group in some) - 1, max(len(row[2]) for group in some for row in group)
+        longest = max(len(row[2]) for group in some for row in group)
+        return max(len(group[0][1]) for group in some) - 1, longest
 
-    # Longest first: like lengths together, and what does not fit in memory fails on the first micro-batch.
+    # Longest first: like lengths together, and what exceeds the memory does so at once.
     groups.sort(key=lambda group: sum(shape([group])), reverse=True)
     cuts, batches = [], []
     for group in groups:
@@ -299,7 +309,7 @@ def make_batches(
             mask=torch.zeros(N, G, R, dtype=torch.bool),
             weights=torch.zeros(N, G, R),
             sampled_logps=torch.zeros(N, G, R),
-            advantages=torch.tensor([[[row[0].advantage] for row in group] for group in some], dtype=torch.float32),
+            advantages=torch.tensor([[[row[0].advantage] for row in group] for group in some]),
         )
         for n, group in enumerate(some):
             batch.prefix[n, : batch.prefix_lengths[n]] = torch.tensor(group[0][1][:-1])
@@ -321,24 +331,25 @@ def shared_prefix(batch: Batch):
     prefix (P) | suffix 1 (R) | ... | suffix G (R); a suffix sees the prefix and itself."""
     (N, P), (_, G, R) = batch.prefix.shape, batch.suffix.shape
     columns = torch.arange(P + R, device=batch.prefix.device)
-    own = columns - P <= torch.arange(R, device=columns.device)[:, None]  # (R, P + R): causal within the suffix
-    prefix = columns < batch.prefix_lengths[:, None]  # (N, P + R): the padding of the prefix is not seen
+    own = columns - P <= torch.arange(R, device=columns.device)[:, None]  # (R, P + R): causal
+    prefix = columns < batch.prefix_lengths[:, None]  # (N, P + R): its padding is not seen
     visible = torch.where(columns < P, prefix[:, None], own)  # (N, R, P + R)
     visible = visible[:, None, None].expand(N, G, 1, R, P + R).reshape(N * G, 1, R, P + R)
 
     def attend(layer, q, k, v):  # q (N, H, P + G*R, D); k, v (N, KV, P + G*R, D)
-        heads = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)  # (N, H, P + G*R, D)
+        heads = q.shape[1] // k.shape[1]  # query heads that share a key head
+        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)  # (N, H, ., D)
         of_prefix = causal(layer, q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (N, H, P, D)
 
         def suffixes(x):  # (N, H, P + G*R, D) -> (N*G, H, R, D)
             return x[:, :, P:].unflatten(2, (G, R)).transpose(1, 2).flatten(0, 1)
 
-        def with_prefix(x):  # (N, H, P + G*R, D) -> (N*G, H, P + R, D): each suffix behind its group's prefix
+        def with_prefix(x):  # (N, H, P + G*R, D) -> (N*G, H, P + R, D)
             shared = x[:, None, :, :P].expand(-1, G, -1, -1, -1).flatten(0, 1)
             return torch.cat((shared, suffixes(x)), dim=2)
 
-        of_suffix = scaled_dot_product_attention(suffixes(q), with_prefix(k), with_prefix(v), attn_mask=visible)
+        q, k, v = suffixes(q), with_prefix(k), with_prefix(v)
+        of_suffix = scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (N*G, H, R, D)
         of_suffix = of_suffix.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*R, D)
         return torch.cat((of_prefix, of_suffix), dim=2)
 
@@ -347,7 +358,8 @@ def shared_prefix(batch: Batch):
 
 def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
     """log pi(target) at the sampling temperature, (N, G, R) float32, 0 where the mask is 0.
-    Only trained positions meet the vocabulary, HEAD_CHUNK at a time, recomputed in the backward pass."""
+    Only trained positions meet the vocabulary, HEAD_CHUNK at a time, and again in the backward
+    pass, so that no logits are kept."""
     (N, P), (_, G, R) = batch.prefix.shape, batch.suffix.shape
     ids = torch.cat((batch.prefix, batch.suffix.flatten(1)), dim=1)  # (N, P + G*R)
     before = torch.arange(P, device=ids.device).expand(N, P)
@@ -360,8 +372,8 @@ def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
         logits = model.logits(hidden) / temperature  # (M, V)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
-    chunks = zip(hidden[batch.mask].split(HEAD_CHUNK), batch.targets[batch.mask].split(HEAD_CHUNK))
-    logps = torch.cat([checkpoint(head, *chunk, use_reentrant=False) for chunk in chunks])  # (mask.sum(),)
+    trained = hidden[batch.mask].split(HEAD_CHUNK), batch.targets[batch.mask].split(HEAD_CHUNK)
+    logps = torch.cat([checkpoint(head, *chunk, use_reentrant=False) for chunk in zip(*trained)])
     return logps.new_zeros(N, G, R).masked_scatter(batch.mask, logps)
 
 
@@ -378,15 +390,16 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO (arXiv 2402.03300, eq. 3) on log-probs of shape (N, G, R); advantages (N, G, 1); weights (N, G, R),
-    0 outside the trained tokens. Returns the loss and, per token (N, G, R), what the log wants to know.
+    """GRPO (arXiv 2402.03300, eq. 3). Log-probs and weights (N, G, R), the weights 0 outside the
+    trained tokens; advantages (N, G, 1). Returns the loss and, per token (N, G, R), the KL estimate
+    and where the clip is active.
 
         rho  = exp(logp - old_logp)
         L_pg = -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
         kl   = exp(ref_logp - logp) - (ref_logp - logp) - 1          (k3)
         L    = sum of weights * (L_pg + kl_beta * kl)
 
-    On the first update rho is 1, so the value of L_pg sums to about 0 (advantages do); its gradient does not.
+    On the first update rho is 1, so L_pg sums to about 0 (advantages do); its gradient does not.
     """
     ratio = torch.exp(logps - old_logps)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)

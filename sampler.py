@@ -1,10 +1,10 @@
-"""Batched sampling on one growing KV cache: extend (read), sample (write), fork and select (branch).
+"""Batched sampling on one growing KV cache: extend (read), sample (write), fork, select.
 
-A conversation is one list of ids that only grows: prompt, answer, next instruction, next answer. Its keys and values
-stay in the cache, so that no token is ever run twice. Rows have their own lengths; row b's keys lie at positions
-0..lengths[b]-1 without holes, and a query at position p sees exactly the keys at positions <= p. There is no left
-padding: right padding and the steps of rows that have finished write beyond a row's length, where nobody looks and
-the next piece overwrites.
+A conversation is one list of ids that only grows: prompt, answer, next instruction, next answer.
+Its keys and values stay in the cache, so that no token is ever run twice. Rows have their own
+lengths; row b's keys lie at positions 0..lengths[b]-1 without holes, and a query at position p sees
+exactly the keys at positions <= p. There is no left padding: right padding, and the steps of rows
+that have finished, write beyond a row's length, where nobody looks and the next piece overwrites.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ BUCKET = 64  # decoding attends to the longest row's length, rounded up to a mul
 
 @dataclass
 class Sampled:
-    """One turn as sampled. `ids` holds the stop token where there was one; `logps` are the log-probabilities of
-    `ids` under softmax(logits / temperature), float32; `stopped` is False where the cap cut the turn."""
+    """One turn. `ids` ends with the stop token, if one came; `logps` are the log-probs of `ids`
+    under softmax(logits / temperature); `stopped` is False where the cap cut the turn."""
 
     ids: list[int]
     logps: list[float]
@@ -31,27 +31,29 @@ class Sampled:
 
 
 class Conversations:
-    """B growing conversations. Methods take and return rows in the caller's order; inside, `sample` moves rows
-    that have finished behind those that have not (so that the working batch is a plain slice of the cache), and
-    `slot_of` remembers where each row lies."""
+    """B growing conversations. Methods take and return rows in the caller's order; inside, `sample`
+    moves rows that have finished behind those that have not (so that the working batch is a plain
+    slice of the cache), and `slot_of` remembers where each row lies."""
 
     def __init__(self, model: Decoder, rows: int, capacity: int):
-        """`capacity`: tokens a row can hold, over all its turns. Raises UserError beyond the model's context."""
+        """`capacity`: tokens that a row can hold, all its turns together. UserError beyond the
+        model's context."""
         if capacity > model.context:
             raise UserError(
-                f"the conversation may grow to {capacity} tokens, the model's context holds {model.context}: "
-                "lower the token limits of a turn, use shorter prompts, or a model with a longer context."
+                f"a conversation may grow to {capacity} tokens, the context holds {model.context}: "
+                "lower the token limits of the turns, or raise --context."
             )
         config, weight = model.config, model.model.embed_tokens.weight
-        # One slot more than the capacity: the padding of ragged pieces is written to the last one. Zeros, not
-        # empty: a masked key has weight 0, but 0 * NaN is NaN.
+        # One slot more than the capacity: the padding of ragged pieces is written to the last one.
+        # Zeros, not empty: a masked key has weight 0, but 0 * NaN is NaN.
         shape = (rows, config.num_key_value_heads, capacity + 1, config.head_dim)
         self.model, self.capacity = model, capacity
-        self.keys = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]  # each (B, KV, S, D)
+        # By layer, each (B, KV, S, D).
+        self.keys = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.values = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)  # (B,) by slot
-        self.hidden = weight.new_zeros(rows, config.hidden_size)  # (B, C) by slot: predicts the next id
-        self.pending = [[] for _ in range(rows)]  # by row: the id sampled last, which is not in the cache yet
+        self.hidden = weight.new_zeros(rows, config.hidden_size)  # (B, C) by slot
+        self.pending = [[] for _ in range(rows)]  # by row: the id sampled last, not cached yet
         self.slot_of = list(range(rows))
 
     def __len__(self):
@@ -74,16 +76,18 @@ class Conversations:
         device = self.lengths.device
         T = max(map(len, pieces))
         sizes = torch.tensor([len(piece) for piece in pieces], device=device)  # (b,)
-        ids = torch.tensor([piece + [0] * (T - len(piece)) for piece in pieces], device=device)  # (b, T)
+        padded = [piece + [0] * (T - len(piece)) for piece in pieces]
+        ids = torch.tensor(padded, device=device)  # (b, T)
         offsets = torch.arange(T, device=device)  # (T,)
         positions = self.lengths[rows, None] + offsets  # (b, T)
-        positions = positions.where(offsets < sizes[:, None], self.capacity)  # padding: the spare slot
-        hidden = self._forward(rows, ids, positions, int((self.lengths[rows] + sizes).max()))  # (b, T, C)
-        self.hidden[rows] = hidden[torch.arange(len(pieces), device=device), sizes - 1]
+        positions = positions.where(offsets < sizes[:, None], self.capacity)  # or the spare slot
         self.lengths[rows] += sizes
+        hidden = self._forward(rows, ids, positions, int(self.lengths[rows].max()))  # (b, T, C)
+        self.hidden[rows] = hidden[torch.arange(len(pieces), device=device), sizes - 1]
 
     def _forward(self, rows: slice, ids, positions, longest):
-        """Run ids (b, T) at positions (b, T) of some rows: write their keys, attend up to `longest`. (b, T, C)"""
+        """Run ids (b, T) at positions (b, T) of some rows: their keys are written, and attended to
+        up to position `longest`. Returns hidden (b, T, C)."""
         config = self.model.config
         b, T = ids.shape
         KV, D = config.num_key_value_heads, config.head_dim
@@ -99,7 +103,8 @@ class Conversations:
             values[index, :, positions] = v.transpose(1, 2)
             # The query heads of one key head become queries of that head: no key is copied.
             q = q.reshape(b, KV, group * T, D)
-            out = scaled_dot_product_attention(q, keys[rows, :, :S], values[rows, :, :S], attn_mask=visible)
+            keys, values = keys[rows, :, :S], values[rows, :, :S]
+            out = scaled_dot_product_attention(q, keys, values, attn_mask=visible)
             return out.view(b, KV * group, T, D)
 
         # The spare slot has no rotary position of its own; what padding computes is never read.
@@ -116,15 +121,16 @@ class Conversations:
         top_p: float = 1.0,
         desc: str | None = None,
     ) -> list[Sampled]:
-        """Write one turn a row, until a stop id or max_tokens. temperature 0 is greedy. Training wants the plain
-        distribution; top_k and top_p are for evaluation. `desc` names the progress bar (none without a name).
+        """Write one turn a row, until a stop id or max_tokens. Temperature 0 is greedy. Training
+        wants the plain distribution; top_k and top_p are for evaluation. `desc` names the bar.
 
-        All randomness is drawn at the start, one uniform number for each row and step: what a row gets does not
-        depend on when its neighbours finish."""
+        All randomness is drawn at the start, one uniform number for each row and step: what a row
+        gets does not depend on when its neighbours finish."""
         self._check_room(max_tokens)
         B, device = len(self), self.lengths.device
         row_at = sorted(range(B), key=self.slot_of.__getitem__)  # row at each slot
-        uniform = torch.rand(B, max_tokens, generator=generator, device=generator.device).to(device)[row_at]  # (B, M)
+        uniform = torch.rand(B, max_tokens, generator=generator, device=generator.device)
+        uniform = uniform.to(device)[row_at]  # (B, M)
         stops = torch.tensor(sorted(stop_ids), device=device)
         ids = torch.zeros(B, max_tokens, dtype=torch.long, device=device)  # by slot
         logps = torch.zeros(B, max_tokens, device=device)
@@ -133,7 +139,8 @@ class Conversations:
         rows = torch.tensor(row_at, device=device)
         state = [uniform, ids, logps, counts, alive, rows, self.lengths, self.hidden]
         n, longest = B, int(self.lengths.max())
-        bar = tqdm(range(max_tokens), desc, unit="token", leave=False, disable=None if desc else True)
+        hide = None if desc else True  # None: only where there is no terminal
+        bar = tqdm(range(max_tokens), desc, unit="token", leave=False, disable=hide)
         for t in bar:
             logits = self.model.logits(self.hidden[:n])  # (n, V)
             ids[:n, t], logps[:n, t] = draw(logits, uniform[:n, t], temperature, top_k, top_p)
@@ -161,7 +168,7 @@ class Conversations:
         return turns
 
     def _move_back(self, n, n_alive, state):
-        """Swap the finished among the first n slots with those alive, so that slots 0..n_alive-1 are all alive."""
+        """Swap rows among the first n slots so that those alive are slots 0..n_alive-1."""
         alive = state[4][:n].tolist()
         holes = [slot for slot in range(n_alive) if not alive[slot]]
         movers = [slot for slot in range(n_alive, n) if alive[slot]]
@@ -189,16 +196,17 @@ class Conversations:
         longest = int(self.lengths.max())
         if longest + more > self.capacity:
             raise UserError(
-                f"a conversation of {longest} tokens cannot take {more} more: the cache was made for {self.capacity}."
+                f"a conversation of {longest} tokens cannot take {more} more: the cache was made "
+                f"for {self.capacity}."
             )
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
-    """One id a row from softmax(logits / temperature) by inverting its distribution function, and its log-prob.
+    """One id a row from softmax(logits / temperature), by inverting its distribution function.
 
-    logits (n, V) float32, uniform (n,) in [0, 1) -> ids (n,) int64, logps (n,) float32. top_k and top_p narrow
-    what is drawn from; the log-probs stay those of the full distribution at this temperature."""
-    logps = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)  # (n, V)
+    logits (n, V) float32, uniform (n,) in [0, 1) -> ids (n,) int64, their log-probs (n,) float32.
+    top_k and top_p narrow what is drawn from; the log-probs stay those of the full distribution."""
+    logps = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (n, V)
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)  # (n, 1)
         return ids[:, 0], logps.gather(1, ids)[:, 0]
@@ -209,8 +217,10 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, to
     if top_p < 1:
         ordered, order = probs.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # (n, V): mass ahead of each id
-        probs = probs.scatter(1, order, ordered.where(before < top_p * probs.sum(-1, keepdim=True), 0))
+        kept = ordered.where(before < top_p * probs.sum(-1, keepdim=True), 0)
+        probs = probs.scatter(1, order, kept)
     cdf = probs.cumsum(-1)  # (n, V)
     # right=True: the first id whose sum exceeds the draw, so an id of probability 0 is never drawn.
-    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    ids = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (n, 1)
+    ids = ids.clamp(max=logits.shape[1] - 1)
     return ids[:, 0], logps.gather(1, ids)[:, 0]

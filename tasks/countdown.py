@@ -1,14 +1,15 @@
-"""Countdown: reach a target from a few numbers, each used exactly once, with + - * / and parentheses.
+"""Countdown: reach a target from a few numbers, each used once, with + - * / and parentheses.
 
-The published set (Jiayi-Pan/Countdown-Tasks-3to4) has 3 to 4 numbers from 1 to 99 and targets from 10 to 99;
-`problems` makes the same kind. Two problems are the same when their sorted numbers and target are: the key.
+The published set (Jiayi-Pan/Countdown-Tasks-3to4) has 3 to 4 numbers from 1 to 99 and targets from
+10 to 99; `problems` makes the same kind. Two problems are the same when their sorted numbers and
+target are: the key.
 """
 
 import random
 import re
 from fractions import Fraction
 
-from model import UserError
+from model import UserError, check
 from tasks import Task, Verdict, in_test, load_rows, pick
 
 MAX_LENGTH = 200  # characters of an expression; a longer one is "not an equation"
@@ -32,23 +33,19 @@ class Countdown(Task):
     )
 
     def __init__(self, data=None, difficulty=None):
-        """difficulty: "3-4x99" (the default) means 3 to 4 numbers from 1 to 99; "3x12", 3 numbers from 1 to 12."""
-        if data and difficulty:
-            raise UserError("--difficulty is for the problems that countdown makes itself, not for those of --data.")
+        """difficulty: "3-4x99" (the default), 3 to 4 numbers from 1 to 99; "3x12", 3 up to 12."""
+        check(not (data and difficulty), "difficulty is for countdown's own problems, not data.")
         match = re.fullmatch(r"([2-6])(?:-([2-6]))?x([0-9]{1,3})", difficulty or "3-4x99")
-        if not match or int(match[3]) < 5 or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(
-                f"countdown has no difficulty '{difficulty}': write COUNTxMAX, with 2 to 6 numbers and MAX "
-                "from 5 to 999, such as 3x12 or 3-4x99."
-            )
-        self.counts = range(int(match[1]), int(match[2] or match[1]) + 1)
-        self.max_number = int(match[3])
-        self.rows = [_problem(row, place) for place, row in load_rows(data)] if data else None
-        if self.rows is not None:
-            self.rows = list({p["key"]: p for p in self.rows}.values())  # the published set repeats itself
+        low, high, largest = [int(x or match[1]) for x in match.groups()] if match else (0, 0, 0)
+        form = "write COUNTxMAX, with 2 to 6 numbers and MAX from 5 to 999, such as 3x12 or 3-4x99"
+        known = low <= high and largest >= 5
+        check(known, f"countdown has no difficulty '{difficulty}': {form}.")
+        self.counts, self.max_number = range(low, high + 1), largest
+        rows = [_problem(row, place) for place, row in load_rows(data)] if data else []
+        self.rows = list({p["key"]: p for p in rows}.values())  # the published set repeats itself
 
     def problems(self, split, n, seed):
-        if self.rows is not None:
+        if self.rows:
             return pick(self.rows, split, n, seed)
         rng = random.Random(f"countdown {split} {seed}")
         found, misses = {}, 0
@@ -56,79 +53,71 @@ class Countdown(Task):
             nums = [rng.randint(1, self.max_number) for _ in range(rng.choice(self.counts))]
             target = _random_result(nums, rng)
             key = _key(nums, target)
+            misses += 1
             if 10 <= target <= 99 and key not in found and in_test(key) == (split == "test"):
                 found[key] = {"key": key, "nums": nums, "target": target}
                 misses = 0
-            else:
-                misses += 1
         return list(found.values())
 
     def messages(self, problem, native_tools=False):
-        nums = ", ".join(map(str, problem["nums"]))
-        return [
-            {
-                "role": "user",
-                "content": f"Use the numbers {nums} to write an expression that equals {problem['target']}. "
-                "Use each number exactly once, with + - * / and parentheses. "
-                "Show your steps in short, then write the expression as <answer>(1+2)*3</answer>.",
-            }
-        ]
+        content = (
+            f"Use the numbers {', '.join(map(str, problem['nums']))} to write an expression that "
+            f"equals {problem['target']}. Use each number exactly once, with + - * / and "
+            "parentheses. Show your steps in short, then write the expression as "
+            "<answer>(1+2)*3</answer>."
+        )
+        return [{"role": "user", "content": content}]
 
     def verify(self, problem, text):
-        """The last <answer> counts. Unicode operators, line breaks and a trailing "= target" are forgiven."""
+        """The last <answer> counts. Unicode operators, line breaks and "= target" are forgiven."""
         answers = ANSWER.findall(text)
         if not answers:
             return Verdict(False, "no answer", "there is no <answer>...</answer>")
-        target = problem["target"]
+        nums, target = problem["nums"], problem["target"]
         expression, equals, claim = answers[-1].translate(FORGIVEN).strip().partition("=")
-        if equals and claim.strip() != str(target):
-            return Verdict(False, "not an equation", f"'= {claim.strip()[:20]}' is not the target {target}")
         try:
+            right_claim = not equals or claim.strip() == str(target)
+            check(right_claim, f"'= {claim.strip()[:20]}' is not the target {target}")
             value, used = evaluate(expression)
-        except ValueError as error:
+        except UserError as error:
             return Verdict(False, "not an equation", str(error))
-        if sorted(used) != sorted(problem["nums"]):
-            return Verdict(False, "wrong numbers", f"used {used}, was given {problem['nums']}")
+        if sorted(used) != sorted(nums):
+            return Verdict(False, "wrong numbers", f"used {used}, was given {nums}")
         if value != target:
             return Verdict(False, "missed target", f"it gives {value}, not {target}")
         return Verdict(True)
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """The exact value of an expression of integers, + - * / and parentheses (a minus may also open an
-    expression or a parenthesis), and the integers in it. Bounded in length and depth.
-    Raises ValueError, for a person to read, for anything else."""
-    if len(expression) > MAX_LENGTH:
-        raise ValueError(f"the expression is longer than {MAX_LENGTH} characters")
-    tokens, end = [], 0
+    """The exact value of an expression of integers, + - * / and parentheses (a minus may also open
+    an expression or a parenthesis), and the integers in it. Bounded in length and depth.
+    UserError, for a person to read, for anything else."""
+    check(len(expression) <= MAX_LENGTH, f"the expression is longer than {MAX_LENGTH} characters")
+    tokens, end, used = [], 0, []
     while match := TOKEN.match(expression, end):
         tokens.append(match[1])
         end = match.end()
-    if expression[end:].strip():
-        raise ValueError(f"cannot read '{expression[end:].strip()[:20]}'")
+    rest = expression[end:].strip()
+    check(not rest, f"cannot read '{rest[:20]}'")
     tokens.append("end")
-    used = []
 
     def number_or_group(depth):
         token = tokens.pop(0)
         if token.isdigit():
             used.append(int(token))
             return Fraction(int(token))
-        if token != "(":
-            raise ValueError(f"expected a number, found '{token}'")
-        if depth == MAX_DEPTH:
-            raise ValueError(f"more than {MAX_DEPTH} nested parentheses")
+        check(token == "(", f"expected a number, found '{token}'")
+        check(depth < MAX_DEPTH, f"more than {MAX_DEPTH} nested parentheses")
         value = sum_of_terms(depth + 1)
-        if (token := tokens.pop(0)) != ")":
-            raise ValueError(f"expected ')', found '{token}'")
+        token = tokens.pop(0)
+        check(token == ")", f"expected ')', found '{token}'")
         return value
 
     def product_of_factors(depth):
         value = number_or_group(depth)
         while tokens[0] in ("*", "/"):
             operator, factor = tokens.pop(0), number_or_group(depth)
-            if operator == "/" and factor == 0:
-                raise ValueError("division by zero")
+            check(operator == "*" or factor, "division by zero")
             value = value * factor if operator == "*" else value / factor
         return value
 
@@ -141,8 +130,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
         return value
 
     value = sum_of_terms(0)
-    if tokens[0] != "end":
-        raise ValueError(f"unexpected '{tokens[0]}'")
+    check(tokens == ["end"], f"unexpected '{tokens[0]}'")
     return value, used
 
 
@@ -151,26 +139,21 @@ def _key(nums, target):
 
 
 def _random_result(nums, rng):
-    """Combine the numbers two by two with random operators, whole positive results only; 0 where that fails."""
+    """Combine the numbers two by two with random operators, whole positive results only."""
     nums = list(nums)
     while len(nums) > 1:
         rng.shuffle(nums)
         a, b = nums.pop(), nums.pop()
-        results = [a + b, a * b] + [a - b] * (a > b)
-        if a % b == 0:
-            results.append(a // b)
+        results = [a + b, a * b] + [a - b] * (a > b) + [a // b] * (a % b == 0)
         nums.append(rng.choice(results))
     return nums[0]
 
 
 def _problem(row, place):
     """One row of a data file, checked."""
-    for field in ("nums", "target"):
-        if field not in row:
-            raise UserError(f"{place} has no '{field}'; a Countdown row is {{\"nums\": [3, 5, 7], \"target\": 38}}.")
-    nums, target = row["nums"], row["target"]
-    if not isinstance(nums, list) or not 2 <= len(nums) <= 6 or any(type(x) is not int or x < 0 for x in nums):
-        raise UserError(f"{place}: 'nums' must be a list of 2 to 6 whole numbers, found {str(nums)[:60]}.")
-    if type(target) is not int:
-        raise UserError(f"{place}: 'target' must be a whole number, found {str(target)[:60]!r}.")
+    nums, target = row.get("nums"), row.get("target")
+    right = isinstance(nums, list) and all(type(x) is int and x >= 0 for x in nums)
+    words = f"'nums' must be a list of 2 to 6 whole numbers, found {nums!r:.60}"
+    check(right and 2 <= len(nums) <= 6, f"{place}: {words}.")
+    check(type(target) is int, f"{place}: 'target' must be a whole number, found {target!r:.60}.")
     return {"key": _key(nums, target), "nums": nums, "target": target}

@@ -1,4 +1,4 @@
-"""Countdown's verifier against exact arithmetic, and against the mistakes of published ones (each named)."""
+"""Countdown's verifier against exact arithmetic, and the mistakes of published ones (each named)."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def verdict(answer, nums=(3, 4, 5), target=17, tags=True):
         "<answer>\n3 * 4\n+ 5\n</answer>",  # so is a line break
         "I think so: <answer>(3*4)+5</answer> which is 17.",  # and text behind
         "<answer>3 × 4 + 5</answer>",
-        "<answer>5+4+3</answer> no, <answer>5 − −3</answer> no, <answer>5+4*3</answer>",  # the last counts
+        "<answer>5+4+3</answer> no, <answer>5 − −3</answer> no, <answer>5+4*3</answer>",  # the last
         "<answer>unfinished <answer>5+4*3</answer>",
         "<answer>-3+4*5</answer>",
     ],
@@ -40,8 +40,8 @@ def test_right_answers_are_accepted(text):
 @pytest.mark.parametrize(
     "answer, nums, target, error",
     [
-        ("2.5*4", [2, 5, 4], 10, "not an equation"),  # published: digits found by a regular expression
-        ("3**2+1", [3, 2, 1], 10, "not an equation"),  # published: eval, and ** passes the character list
+        ("2.5*4", [2, 5, 4], 10, "not an equation"),  # published: digits by a pattern
+        ("3**2+1", [3, 2, 1], 10, "not an equation"),  # published: eval, ** let through
         ("7//2+8", [7, 2, 8], 11, "not an equation"),
         ("97**96**95**94", [97, 96, 95, 94], 10, "not an equation"),  # published: hangs
         ("3*4+5 = 18", [3, 4, 5], 17, "not an equation"),
@@ -69,13 +69,15 @@ def test_wrong_answers_get_their_category(answer, nums, target, error):
     assert (got.ok, got.error) == (False, error), got
 
 
-@pytest.mark.parametrize("text", ["", "17", "<answer>", "<answer>3*4+5", "3*4+5</answer>", "answer: 3*4+5"])
+@pytest.mark.parametrize(
+    "text", ["", "17", "<answer>", "<answer>3*4+5", "3*4+5</answer>", "answer: 3*4+5"]
+)
 def test_no_answer(text):
     assert TASK.verify({"nums": [3, 4, 5], "target": 17}, text).error == "no answer"
 
 
 def expressions(nums):
-    """Every expression over the numbers, fully bracketed, with its exact value (None: division by zero)."""
+    """Every expression, fully bracketed, with its exact value (None: division by zero)."""
     if len(nums) == 1:
         yield str(nums[0]), Fraction(nums[0])
         return
@@ -84,12 +86,13 @@ def expressions(nums):
             for operator in "+-*/":
                 value = None
                 if x is not None and y is not None and not (operator == "/" and y == 0):
-                    value = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}[operator]
+                    values = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}
+                    value = values[operator]
                 yield f"({a}{operator}{b})", value
 
 
 def test_every_expression_over_three_numbers_up_to_12():
-    """Our verdict equals exact arithmetic for every expression over a sample of the triples, all orders."""
+    """Our verdict is exact arithmetic's for every expression over some triples, all orders."""
     triples = list(itertools.combinations_with_replacement(range(1, 13), 3))
     checked = 0
     for nums in random.Random(0).sample(triples, 60):
@@ -109,13 +112,15 @@ def test_precedence_equals_pythons():
         text = str(rng.randint(1, 99))
         for _ in range(rng.randint(1, 5)):
             text += rng.choice("+-*/") + str(rng.randint(1, 99))
-        exact = eval("".join(f"Fraction({t})" if t.isdigit() else t for t in re.findall(r"\d+|.", text)))
+        tokens = re.findall(r"\d+|.", text)
+        exact = eval("".join(f"Fraction({t})" if t.isdigit() else t for t in tokens))
         assert evaluate(text)[0] == exact, text
 
 
 @pytest.mark.parametrize("difficulty", [None, "3x20", "3x12", "4x30"])
 def test_problems_fit_the_published_set(difficulty):
-    """3 to 4 numbers from 1 to 99, targets 10 to 99, solvable in integers; no key in both splits; repeatable."""
+    """3 to 4 numbers from 1 to 99, targets 10 to 99, solvable in integers; no key in both splits;
+    repeatable."""
     task = Countdown(difficulty=difficulty)
     train, test = task.problems("train", 400, 0), task.problems("test", 100, 0)
     assert len(train) == 400 and len(test) == 100
@@ -137,7 +142,9 @@ def test_permutations_share_a_key_and_a_small_difficulty_ends():
     assert len({(tuple(sorted(p["nums"])), p["target"]) for p in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("difficulty", ["hard", "3", "x20", "3x", "1x20", "4-3x20", "3x0", "9x20", "3x2000"])
+@pytest.mark.parametrize(
+    "difficulty", ["hard", "3", "x20", "3x", "1x20", "4-3x20", "3x0", "9x20", "3x2000"]
+)
 def test_an_unknown_difficulty_is_refused_by_name(difficulty):
     with pytest.raises(UserError, match="difficulty"):
         Countdown(difficulty=difficulty)
@@ -146,7 +153,8 @@ def test_an_unknown_difficulty_is_refused_by_name(difficulty):
 def test_a_data_file_is_read_once_for_each_problem(tmp_path):
     rows = [{"nums": [i, 50, 7], "target": 60 + i % 30} for i in range(100)]
     rows += [{"nums": [7, 50, 3], "target": 63}]  # row 3, permuted
-    for name, text in (("a.json", json.dumps(rows)), ("a.jsonl", "\n".join(map(json.dumps, rows)) + "\n")):
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    for name, text in (("a.json", json.dumps(rows)), ("a.jsonl", lines)):
         (tmp_path / name).write_text(text)
         task = Countdown(str(tmp_path / name))
         everything = task.problems("train", 1000, 0) + task.problems("test", 1000, 0)
@@ -157,12 +165,12 @@ def test_a_data_file_is_read_once_for_each_problem(tmp_path):
     "text, words",
     [
         ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2]}\n', ["line 2", "target"]),
-        ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2\n', ["line 2", "not JSON"]),
+        ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2\n', ["line 2", "JSON"]),
         ('{"nums": "1 2", "target": 3}\n', ["line 1", "nums"]),
         ('{"nums": [1, true], "target": 3}\n', ["line 1", "nums"]),
         ('{"nums": [1, 2], "target": "3"}\n', ["line 1", "target"]),
         ('[{"nums": [1, 2], "target": 3}, 5]', ["row 2", "object"]),
-        ("[", ["not JSON"]),
+        ("[", ["cannot be read as UTF-8 JSON"]),
         ("", ["empty"]),
         ("[]", ["empty"]),
         ("\n\n", ["empty"]),

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from model import UserError
 from tasks import in_test
@@ -18,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 BFCL = Path(os.environ.get("BFCL", ROOT.parent / "shared" / "data" / "bfcl"))
 SPLITS = {"simple_python": 400, "multiple": 200, "parallel": 200, "parallel_multiple": 200}
 LIMIT = 0.05  # seconds for one verdict
-TASK = FunctionCalling()
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +44,18 @@ def problem_of(properties, arguments, required=None, form="exact", name="f"):
 
 def call(name="f", **arguments):
     return {"name": name, "arguments": arguments}
+
+
+def reference_answer(problem):
+    """The text of a right answer; in the Berkeley form, of the first values that may be given."""
+    calls = problem["answers"]
+    if problem["form"] == "berkeley":
+        calls = [
+            made
+            | {"arguments": {k: v[v[0] == ""] for k, v in made["arguments"].items() if v != [""]}}
+            for made in calls
+        ]
+    return "\n".join(f"<tool_call>\n{json.dumps(made)}\n</tool_call>" for made in calls)
 
 
 def error_of(task, problem, answer):
@@ -79,9 +88,7 @@ def test_catalog_is_as_large_and_varied_as_promised(task):
         assert required
         for phrasing in tool["phrasings"]:
             assert all("{" + name in phrasing for name in required), (tool["name"], phrasing)
-        for name, spec in tool[
-            "parameters"
-        ].items():  # an optional parameter's words hold its value
+        for name, spec in tool["parameters"].items():  # an optional one's words hold its value
             needs = spec["type"] != "boolean"
             assert all(("{" + name in clause) == needs for clause in spec.get("say", []))
 
@@ -116,7 +123,7 @@ def test_unknown_difficulty_is_refused_by_name():
 
 def test_reference_answers_are_right(task, problems):
     for problem in problems:
-        assert task.verify(problem, task.reference_answer(problem)).ok
+        assert task.verify(problem, reference_answer(problem)).ok
         names = [tool["function"]["name"] for tool in task.tools(problem)]
         assert len(set(names)) == len(names)
         assert {c["name"] for c in problem["answers"]} <= set(names)
@@ -286,11 +293,8 @@ def test_number_parameters_take_whole_numbers_in_either_writing(task):
     assert error_of(task, problem, call(x=True)) == "wrong values"
     problem = problem_of({"x": {"type": "number"}}, {"x": 1.0})
     assert error_of(task, problem, call(x=1)) == ""
-    assert (
-        error_of(task, problem, call(x=True))
-        == error_of(task, problem, call(x="1"))
-        == "wrong values"
-    )
+    for wrong in (True, "1", 1.5):
+        assert error_of(task, problem, call(x=wrong)) == "wrong values"
     nested = {"type": "array", "items": {"type": "integer"}}
     problem = problem_of({"x": nested}, {"x": [1, 2]})
     assert error_of(task, problem, call(x=[1.0, 2])) == "wrong values"
@@ -331,10 +335,10 @@ def test_details_say_what_differs(task):
     )
     for answer, words in (
         (call("g", city="Rome", n=2), ("f", "g")),
-        (call(city="Rome"), ("n is missing", "2")),
-        (call(city="Rome", n=2, x=3), ("'x' is not wanted", "3")),
+        (call(city="Rome"), ("'n'", "expected 2", "nothing")),
+        (call(city="Rome", n=2, x=3), ("'x'", "left out", "3")),
         (call(city="Paris", n=2), ("city", "'Rome'", "'Paris'")),
-        (call(city="Rome", n="2"), ("n must be 2", "'2'")),
+        (call(city="Rome", n="2"), ("'n'", "expected 2", "'2'")),
         ([call(), call()], ("1", "2")),
     ):
         detail = task.verify(problem, json.dumps(answer)).detail
@@ -497,88 +501,6 @@ def test_long_answers_are_not_read(task):
     assert error_of(task, SIMPLE, " " * (MAX_CHARS - len(GOOD)) + GOOD) == ""
 
 
-PIECES = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "```json", "```", "[", "]", "{", "}", '"', "'", ":", ",", "\\"]
-    + [
-        '"name"',
-        '"arguments"',
-        '"parameters"',
-        '"f"',
-        '"x"',
-        "1",
-        "-",
-        "1.0",
-        "true",
-        "null",
-        "NaN",
-    ]
-    + [GOOD, GOOD[:-1], "\n", " ", "é", "\ud800", "</think>", '{"function":', "1" * 5_000]
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.one_of(st.text(), st.lists(PIECES, max_size=40).map("".join)))
-def test_no_text_raises_or_hangs(text):
-    judged_in_time(TASK, SIMPLE, text)
-
-
-JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 3)
-    | st.sampled_from([0.0, 1.0, 1.5, -1.0, "", "1", "a"]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab1"), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-def strict(value):
-    """A text that two JSON values share only if they are the same in type and value."""
-    return json.dumps(value, sort_keys=True)
-
-
-@settings(max_examples=200, deadline=None)
-@given(JSON_VALUES, JSON_VALUES)
-def test_a_value_passes_only_if_it_is_the_same(wanted, found):
-    """Without a schema's word for it, only an integer for a float is forgiven."""
-    verdict = judged_in_time(TASK, problem_of({"x": {}}, {"x": wanted}), json.dumps(call(x=found)))
-    assert task_accepts(wanted, wanted)
-    if strict(wanted) == strict(found):
-        assert verdict.ok
-    elif verdict.ok:
-        assert strict(wanted) == strict(found) or floats_of(wanted, found)
-
-
-def task_accepts(wanted, found):
-    return TASK.verify(problem_of({"x": {}}, {"x": wanted}), json.dumps(call(x=found))).ok
-
-
-def floats_of(wanted, found):
-    """Whether the values differ only by integers where floats are wanted."""
-    if isinstance(wanted, float) and type(found) is int:
-        return wanted == found
-    if isinstance(wanted, list):
-        pairs = list(zip(wanted, found))
-        return isinstance(found, list) and all(
-            strict(a) == strict(b) or floats_of(a, b) for a, b in pairs
-        )
-    if isinstance(wanted, dict):
-        return wanted.keys() == found.keys() and all(
-            strict(v) == strict(found[k]) or floats_of(v, found[k]) for k, v in wanted.items()
-        )
-    return False
-
-
-@settings(max_examples=80, deadline=None)
-@given(JSON_VALUES, JSON_VALUES)
-def test_odd_accepted_values_of_the_berkeley_form_never_raise(wanted, found):
-    problem = problem_of({"x": {}}, {"x": [wanted]}, form="berkeley")
-    judged_in_time(TASK, problem, json.dumps(call(x=found)))
-    TASK.reference_answer(problem)
-
-
 # Data files
 
 
@@ -620,15 +542,19 @@ def xlam_row(n=1, **changes):
     }
 
 
+NOT_ON_OFFER = ((11, "g"), (12, ["g"]), (13, None))
+
+
 def test_xlam_rows_become_problems(tmp_path):
     listed = xlam_row(9)
     listed["tools"], listed["answers"] = json.loads(listed["tools"]), json.loads(listed["answers"])
     rows = [xlam_row(n) for n in range(1, 9)] + [listed, xlam_row(3), xlam_row(10, answers=[])]
+    rows += [xlam_row(n, answers=[{"name": name, "arguments": {}}]) for n, name in NOT_ON_OFFER]
     task = FunctionCalling(write(tmp_path / "xlam.jsonl", rows))
     found = task.problems("train", 100, 0) + task.problems("test", 100, 0)
-    assert len(found) == 9  # one repeated, one that wants no call
+    assert len(found) == 9  # left out: one repeated, one without a call, the tools not on offer
     for problem in found:
-        assert error_of(task, problem, task.reference_answer(problem)) == ""
+        assert error_of(task, problem, reference_answer(problem)) == ""
         assert task.messages(problem, native_tools=True)[0]["content"].startswith("Weather in Rome")
         weather, nothing = (tool["function"]["parameters"] for tool in task.tools(problem))
         assert weather["required"] == ["city"] and nothing["properties"] == {}
@@ -640,12 +566,10 @@ def test_xlam_rows_become_problems(tmp_path):
             "extra": None,
             "type": "boolean",
         }
-        assert weather["properties"]["tags"]["items"] == {"type": "number"}
         days = problem["answers"][0]["arguments"]["days"]
-        assert (
-            error_of(task, problem, call("weather", city="Rome", days=str(days))) == "wrong values"
-        )
-        assert error_of(task, problem, call("weather", city="rome", days=days)) == "wrong values"
+        for city, said in (("Rome", str(days)), ("rome", days)):
+            wrong = call("weather", city=city, days=said)
+            assert error_of(task, problem, wrong) == "wrong values"
         left_out = error_of(task, problem, call("weather", city="Rome"))
         assert left_out == ("" if days == 3 else "wrong parameters")
     array = tmp_path / "xlam.json"
@@ -759,29 +683,24 @@ def test_berkeley_types_become_json_schema(tmp_path):
 def test_berkeley_alternatives(tmp_path, changes, error):
     task = berkeley_task(tmp_path)
     (problem,) = task.rows
-    assert error_of(task, problem, task.reference_answer(problem)) == ""
+    assert error_of(task, problem, reference_answer(problem)) == ""
     arguments = {k: v for k, v in (RIGHT | changes).items() if v is not ...}
     assert error_of(task, problem, {"name": "geo.weather", "arguments": arguments}) == error
 
 
 BAD_ROWS = {
     "query": (xlam_row(query=5), "request must be text"),
-    "blank query": (xlam_row(query="  "), "request must be text"),
+    "blank query": (xlam_row(query="  "), "no user message with words"),
     "tools not JSON": (xlam_row(tools="[{"), "Expecting"),
-    "tools an object": (xlam_row(tools={"name": "f"}), "tools must be a list of objects"),
-    "tools null": ({**xlam_row(), "tools": None}, "tools must be a list of objects"),
-    "nameless tool": (xlam_row(tools=[{"parameters": {}}]), "tool has no name"),
+    "tools an object": (xlam_row(tools={"name": "f"}), "tools must be a list"),
+    "tools null": ({**xlam_row(), "tools": None}, "tools must be a list"),
+    "nameless tool": (xlam_row(tools=[{"parameters": {}}]), "tool's name must be text"),
     "parameters a list": (xlam_row(tools=[{"name": "f", "parameters": [1]}]), "parameters of f"),
     "parameter a string": (
         xlam_row(tools=[{"name": "f", "parameters": {"x": "int"}}]),
-        "schema of a par",
+        "schema of x must be an object",
     ),
-    "answers of text": (xlam_row(answers=["f"]), "answers must be a list of objects"),
-    "unknown tool": (
-        xlam_row(answers=[{"name": "g", "arguments": {}}]),
-        "'g', which is not on offer",
-    ),
-    "tool a list": (xlam_row(answers=[{"name": ["g"], "arguments": {}}]), "which is not on offer"),
+    "answers of text": (xlam_row(answers=["f"]), "each of answers must be an object"),
     "arguments a list": (
         xlam_row(answers=[{"name": "nothing", "arguments": []}]),
         "arguments of nothing",
@@ -791,8 +710,8 @@ BAD_ROWS = {
         "columns must be query.*found prompt, answer",
     ),
     "no columns": ({}, "columns must be .* found none"),
-    "not an object": ([1], "must be a JSON object"),
-    "not JSON": ("{broken", "not JSON"),
+    "not an object": ([1], "must be an object"),
+    "not JSON": ("{broken", "cannot be read as UTF-8 JSON"),
 }
 
 
@@ -807,23 +726,22 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, name):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"question": []}, "question must be a list of one turn"),
-        ({"question": "Weather?"}, "question must be a list of one turn"),
-        ({"question": [["Weather?"]]}, "question must be a list of objects"),
+        ({"question": []}, "question must have one turn, found 0"),
+        ({"question": "Weather?"}, "question must be a list, found 'Weather"),
+        ({"question": [["Weather?"]]}, "each of question must be an object"),
         ({"question": [[{"role": "user", "content": None}]]}, "request must be text"),
         ({"question": [[{"role": "system", "content": "x"}]]}, "no user message"),
-        ({"function": {}}, "function must be a list of objects"),
-        ({"function": []}, "geo.weather', which is not on offer"),
+        ({"function": {}}, "function must be a list"),
         (
             {"function": [{"name": "f", "parameters": {"type": "dict", "properties": 5}}]},
-            "properties in a",
+            "properties must be an object, found 5",
         ),
         (
             {"function": [{"name": "f", "parameters": {"type": "dict", "required": 5}}]},
-            "required in a",
+            "required must be a list, found 5",
         ),
-        ({"id": "s_1"}, "no row with the id s_1"),
-        ({"id": ["s_1"]}, "no row with the id"),
+        ({"id": "s_1"}, "possible_answer of s_1 must be a list"),
+        ({"id": ["s_1"]}, "possible_answer of"),
     ],
 )
 def test_a_bad_berkeley_row_is_named_by_file_and_line(tmp_path, changes, message):
@@ -832,9 +750,9 @@ def test_a_bad_berkeley_row_is_named_by_file_and_line(tmp_path, changes, message
 
 
 def test_bad_berkeley_answers_are_named(tmp_path):
-    with pytest.raises(UserError, match="b.json, line 1: .* lists of accepted values"):
+    with pytest.raises(UserError, match="b.json, line 1: the accepted values of city must be"):
         berkeley_task(tmp_path, truth={"city": "NYC"})
-    with pytest.raises(UserError, match="b.json, line 1: ground_truth must be a list"):
+    with pytest.raises(UserError, match="b.json, line 1: the possible_answer of s_0 must be"):
         write(tmp_path / "possible_answer" / "b.json", [{"id": "s_0"}])
         FunctionCalling(write(tmp_path / "b.json", [BERKELEY]))
     (tmp_path / "possible_answer" / "b.json").unlink()
@@ -846,6 +764,8 @@ def test_a_file_without_a_usable_problem_is_refused(tmp_path):
     data = write(tmp_path / "data.jsonl", [xlam_row(answers=[])])
     with pytest.raises(UserError, match="data.jsonl holds no usable problem"):
         FunctionCalling(data)
+    with pytest.raises(UserError, match="b.json holds no usable problem"):
+        berkeley_task(tmp_path, row=BERKELEY | {"function": []})
     with pytest.raises(UserError, match="difficulty is for the embedded problems"):
         FunctionCalling(write(tmp_path / "data.jsonl", [xlam_row()]), difficulty="easy")
 
@@ -870,10 +790,10 @@ def test_bfcl_reference_answers_are_right(bfcl):
     train, test = task.problems("train", 1000, 0), task.problems("test", 1000, 0)
     assert len(train) + len(test) == len(task.rows) and len(test) > 20
     for problem in task.rows:
-        verdict = task.verify(problem, task.reference_answer(problem))
+        verdict = task.verify(problem, reference_answer(problem))
         assert verdict.ok, (problem["key"], verdict)
         backwards = "\n".join(
-            json.dumps(c) for c in read_calls(task.reference_answer(problem))[::-1]
+            json.dumps(c) for c in read_calls(reference_answer(problem))[::-1]
         )
         assert task.verify(problem, backwards).ok
         kinds = json.dumps([tool["function"]["parameters"] for tool in task.tools(problem)])
@@ -893,7 +813,7 @@ def test_bfcl_corruptions_are_rejected(bfcl):
     _, task = bfcl
     for problem in task.rows:
         for expected, corrupt in BFCL_CORRUPTIONS.items():
-            calls = read_calls(task.reference_answer(problem))
+            calls = read_calls(reference_answer(problem))
             assert error_of(task, problem, corrupt(problem, calls)) == expected
 
 
@@ -901,7 +821,7 @@ def test_bfcl_wrong_values_are_rejected(bfcl):
     """Every argument of every call in turn: another value, and its own as a string."""
     _, task = bfcl
     for problem in task.rows[::3]:
-        calls = read_calls(task.reference_answer(problem))
+        calls = read_calls(reference_answer(problem))
         for i, made in enumerate(calls):
             for name, value in made["arguments"].items():
                 wrongs = ["zzz", ["zzz"], {"zzz": 1}, 987654321]

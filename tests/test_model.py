@@ -15,7 +15,8 @@ import model as model_module
 from model import Chat, Decoder, ModelConfig, UserError, hub_download, load, resolve, save
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -98,8 +99,9 @@ def run(decoder, ids, attend=model_module.causal):
 # ---- config.json
 
 
-LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-LONGROPE = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, original_max_position_embeddings=64)
+OLD = dict(original_max_position_embeddings=64)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **OLD)
+LONGROPE = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, **OLD)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +120,16 @@ LONGROPE = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4, original_max_posi
 )
 def test_older_and_newer_rope_forms_give_the_same_tables(old, new):
     base = {k: v for k, v in SMALL.items() if k != "rope_theta"}
-    tables = [model_module.rope_tables(ModelConfig.from_dict({**base, **rope}), 300) for rope in (old, new)]
+    configs = [ModelConfig.from_dict({**base, **rope}) for rope in (old, new)]
+    tables = [model_module.rope_tables(config, 300) for config in configs]
     plain = model_module.rope_tables(ModelConfig.from_dict(SMALL), 300)
     assert torch.equal(tables[0][0], tables[1][0]) and torch.equal(tables[0][1], tables[1][1])
     assert not torch.allclose(tables[0][0], plain[0])
 
 
 def test_longrope_scales_by_its_own_factor_if_it_has_one():
-    source = {**SMALL, "head_dim": 8, "rope_scaling": dict(type="longrope", factor=64.0, **LONGROPE)}
+    rope = dict(type="longrope", factor=64.0, **LONGROPE)
+    source = {**SMALL, "head_dim": 8, "rope_scaling": rope}
     cos, _ = model_module.rope_tables(ModelConfig.from_dict(source), 4)
     assert cos[0, 0].item() == pytest.approx((1 + math.log(64) / math.log(64)) ** 0.5)
 
@@ -133,7 +137,7 @@ def test_longrope_scales_by_its_own_factor_if_it_has_one():
 def test_original_length_beside_the_rope_numbers_is_found():
     """Phi-3.5 writes original_max_position_embeddings at the top of config.json."""
     rope = {k: v for k, v in LONGROPE.items() if k != "original_max_position_embeddings"}
-    source = {**SMALL, "rope_scaling": dict(type="longrope", **rope), "original_max_position_embeddings": 64}
+    source = {**SMALL, "rope_scaling": dict(type="longrope", **rope), **OLD}
     config = ModelConfig.from_dict(source)
     short, long = model_module.rope_tables(config, 64), model_module.rope_tables(config, 65)
     assert not torch.allclose(short[0], long[0][:64])
@@ -145,14 +149,15 @@ def test_original_length_beside_the_rope_numbers_is_found():
         (dict(model_type="gemma3"), "gemma3"),
         (dict(model_type=None), "None"),
         (dict(hidden_act="gelu"), "gelu"),
-        (dict(quantization_config={"quant_method": "awq"}), "quantised"),
+        (dict(quantization_config={"quant_method": "awq"}), "quantization_config"),
         (dict(num_experts=8), "experts"),
         (dict(use_sliding_window=True, sliding_window=64), "sliding"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding"),
         (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
         (dict(rope_scaling={"type": "linear", "factor": 4.0}), "linear"),
         (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope"),
-        (dict(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "low_freq_factor"),
+        (dict(rope_scaling={"rope_type": "llama3", **OLD}), "low_freq_factor"),
+        (dict(rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, **OLD}), "long_factor"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(mlp_bias=True), "mlp_bias"),
         (dict(model_type="llama", attention_bias=True), "attention_bias"),
@@ -170,7 +175,7 @@ def test_config_asks_for_more_than_the_decoder_does_and_gets_garbage(tmp_path, c
 
 
 def test_context_beyond_the_model_reads_garbage_positions(folder):
-    assert "max_position_embeddings of 512" in refusal(load, str(folder), context=513)
+    assert "beyond the 512" in refusal(load, str(folder), context=513)
     decoder, _ = load(str(folder))
     assert decoder.context == 512 and decoder.cos.shape == (512, 8)
     assert "513" in refusal(decoder.set_context, 513)
@@ -180,7 +185,7 @@ def test_mistral_is_usable_up_to_its_window_only():
     config = ModelConfig.from_dict({**SMALL, "model_type": "mistral", "sliding_window": 64})
     decoder = Decoder(config)
     assert decoder.context == 64
-    assert "sliding_window of 64" in refusal(decoder.set_context, 65)
+    assert "beyond the 64" in refusal(decoder.set_context, 65)
 
 
 # ---- the decoder
@@ -241,7 +246,7 @@ def test_fresh_model_is_not_flat_or_wild():
     decoder = Decoder(ModelConfig.from_dict({**SMALL, "tie_word_embeddings": False}))
     assert 0.018 < decoder.model.embed_tokens.weight.std() < 0.022
     assert all(p.eq(0).all() for n, p in decoder.named_parameters() if n.endswith("bias"))
-    assert {p.shape for p in (decoder.lm_head.weight, decoder.model.embed_tokens.weight)} == {(272, 32)}
+    assert decoder.lm_head.weight.shape == decoder.model.embed_tokens.weight.shape == (272, 32)
     assert run(decoder, [[1, 2, 3]]).abs().max() < 2
 
 
@@ -280,7 +285,8 @@ def test_quantised_tensor_is_taken_for_floats(folder):
 
 
 def test_rotary_table_of_older_files_is_no_stranger(folder):
-    rewrite(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(folder, lambda w: w.update({name: torch.ones(4)}))
     load(str(folder))
 
 
@@ -301,8 +307,7 @@ def test_tied_head_that_is_in_the_file_too(folder):
     rewrite(folder, lambda w: w.update({"lm_head.weight": embedding.clone()}))
     decoder, _ = load(str(folder), dtype=torch.bfloat16)
     assert "lm_head.weight" not in decoder.state_dict()
-    rewrite(folder, lambda w: w.update({"lm_head.weight": embedding + 1}))
-    assert "lm_head.weight" in refusal(load, str(folder))
+    assert torch.equal(decoder.model.embed_tokens.weight, embedding.bfloat16())
 
 
 def test_untied_head_that_is_not_in_the_file(folder):
@@ -326,7 +331,7 @@ def shard(folder):
 def test_shards_are_read_by_the_index_and_not_by_pattern(folder):
     weights = shard(folder)
     save_file({NORM: torch.zeros(32)}, folder / "model-00009-of-00009.safetensors")  # a leftover
-    for file in ("a.safetensors", "b.safetensors"):  # and a second copy, in the shard that the index does not name
+    for file in ("a.safetensors", "b.safetensors"):  # and copies in both shards
         part = load_file(folder / file)
         save_file({NORM: torch.zeros(32), **part}, folder / file)
     decoder, _ = load(str(folder))
@@ -342,7 +347,7 @@ def test_lacking_shard_is_named(folder):
 def test_index_without_a_map(folder):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    assert "lacks model.safetensors" in refusal(load, str(folder))
+    assert "model.safetensors" in refusal(load, str(folder))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -378,7 +383,9 @@ def test_cuda_without_a_gpu(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 20_000])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"model_type": "phi3", "eos_token_id": [1, 2]}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"model_type": "phi3", "eos_token_id": [1, 2]}]
+)
 def test_saved_model_is_not_the_one_that_was_trained(tmp_path, monkeypatch, changes, shard_bytes):
     monkeypatch.setattr(model_module, "SHARD_BYTES", shard_bytes)
     weights = write_model(tmp_path / "m", **changes)
@@ -398,7 +405,8 @@ def test_saved_config_contradicts_the_weights(folder, tmp_path):
     save(decoder, chat, tmp_path / "saved", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config == {**json.loads((folder / "config.json").read_text()), "torch_dtype": "bfloat16"}
-    assert {t.dtype for t in load_file(tmp_path / "saved" / "model.safetensors").values()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     assert decoder.model.norm.weight.dtype == torch.float32  # the model itself is left as it was
 
 
@@ -422,7 +430,8 @@ def test_save_overwrites_a_folder(folder):
 
 def test_unknown_name_leaves_one_guessing():
     sentence = refusal(resolve, "qwen2.5-1.5")
-    assert "qwen2.5-1.5b" in sentence.split("?")[0] and "smollm2-135m" in sentence and "tiny" in sentence
+    assert "'qwen2.5-1.5'" in sentence
+    assert all(name in sentence for name in ("tiny", "qwen2.5-1.5b", "smollm2-135m"))
 
 
 def test_path_that_is_not_there_is_taken_to_the_hub(tmp_path, monkeypatch):
@@ -467,7 +476,11 @@ def test_hub_out_of_reach_is_a_traceback(tmp_path, name, offline):
     }
     root = str(Path(model_module.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", HUB, root, name], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HUB, root, name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr
     lines = done.stdout.strip().split("\n")
@@ -475,14 +488,12 @@ def test_hub_out_of_reach_is_a_traceback(tmp_path, name, offline):
 
 
 def hub_that(monkeypatch, answer):
-    import huggingface_hub
-
     def download(repo, repo_type, allow_patterns):
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(model_module, "snapshot_download", download)
 
 
 def hub_error(kind):
@@ -497,7 +508,7 @@ def hub_error(kind):
     [
         ("GatedRepoError", "HF_TOKEN"),
         ("RepositoryNotFoundError", "spelling"),
-        ("HFValidationError", "owner/name"),
+        ("HFValidationError", "spelling"),
         ("LocalEntryNotFoundError", "network"),
     ],
 )
@@ -507,13 +518,12 @@ def test_each_refusal_of_the_hub_says_what_to_do(monkeypatch, kind, words):
     assert words in sentence and "the model owner/name" in sentence
 
 
-def test_file_that_the_hub_does_not_have(monkeypatch, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.json").write_text("[]")
+def test_data_set_is_called_a_model(monkeypatch, tmp_path):
     hub_that(monkeypatch, str(tmp_path))
     assert hub_download("owner/name", ["data/train.json"], repo_type="dataset") == tmp_path
-    sentence = refusal(hub_download, "owner/name", ["data/test.json"], repo_type="dataset")
-    assert "data/test.json" in sentence and "the dataset owner/name" in sentence
+    hub_that(monkeypatch, hub_error("GatedRepoError"))
+    sentence = refusal(hub_download, "owner/name", ["data/train.json"], repo_type="dataset")
+    assert "the dataset owner/name" in sentence and "GatedRepoError" in sentence
 
 
 # ---- the chat
@@ -536,8 +546,9 @@ GLUE = "<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
 def test_prompt_lacks_the_assistants_header(tmp_path):
     chat = chat_of(tmp_path)
-    assert text_of(chat, chat.prompt(USER)) == "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.prompt(USER)[0] == 257 and chat.decode(chat.prompt(USER)) == "user\n2+3?\nassistant\n"
+    ids = chat.prompt(USER)
+    assert text_of(chat, ids) == "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] == 257 and chat.decode(ids) == "user\n2+3?\nassistant\n"
 
 
 def test_end_of_turn_is_doubled_or_lost(tmp_path):
@@ -566,7 +577,8 @@ def test_template_with_a_blank_before_the_end_of_turn(tmp_path):
 
 
 def test_template_that_ends_turns_with_words(tmp_path):
-    chat = chat_of(tmp_path, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    chat = chat_of(tmp_path, template)
     assert text_of(chat, chat.glue("Why?", last_id=258)) == "\nuser: Why?\nassistant: "
     assert chat.stop_ids == {258}
 
@@ -598,7 +610,8 @@ def test_broken_template(tmp_path):
 
 
 def test_template_may_refuse_messages(tmp_path):
-    template = CHATML + "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    refuse = "{{ raise_exception('no system here') }}"
+    template = CHATML + "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}"
     chat = chat_of(tmp_path, template)
     assert "no system here" in refusal(chat.prompt, [{"role": "system", "content": "x"}])
 
@@ -609,17 +622,17 @@ def test_template_in_a_file_of_its_own_wins(tmp_path):
     assert Chat(folder).prompt(USER) == chat_of(tmp_path / "other").prompt(USER)
 
 
-def test_named_templates(tmp_path):
-    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "T" + CHATML}]
+def test_several_templates_by_name(tmp_path):
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": CHATML}]
     chat = chat_of(tmp_path, named)
-    assert text_of(chat, chat.prompt(USER)).startswith("<|im_start|>")
-    assert text_of(chat, chat.prompt(USER, tools=[{"a": 1}])).startswith("T<|im_start|>")
+    assert text_of(chat, chat.prompt(USER, tools=[{"a": 1}])).startswith("<|im_start|>")
 
 
 def test_tools_are_escaped_for_html(tmp_path):
     chat = chat_of(tmp_path)
     assert chat.native_tools
-    assert '[{"text": "<é & \'è\'>"}]' in text_of(chat, chat.prompt(USER, tools=[{"text": "<é & 'è'>"}]))
+    ids = chat.prompt(USER, tools=[{"text": "<é & 'è'>"}])
+    assert '[{"text": "<é & \'è\'>"}]' in text_of(chat, ids)
     assert not chat_of(tmp_path / "other", CHATML.replace("tools", "other")).native_tools
 
 
@@ -629,12 +642,13 @@ def test_prompt_depends_on_the_day(tmp_path):
 
 
 def test_what_templates_of_the_ecosystem_use(tmp_path):
-    """Trimmed blocks, loop controls, generation marks, thinking switched off, unset tokens undefined."""
+    """Trimmed blocks, loop controls, generation marks, thinking off, unset tokens undefined."""
     template = (
         "{%- for m in messages %}\n"
         "    {%- if m.role == 'tool' %}{% continue %}{% endif %}\n"
         "    {%- generation -%}\n    {{- m.content }}|\n    {%- endgeneration %}\n"
-        "{%- endfor %}\n    {% if true %}\n{% endif %}\n{% if bos_token is defined %}B{% endif %}{% if not enable_thinking %}quick{% endif %}"
+        "{%- endfor %}\n    {% if true %}\n{% endif %}\n{% if bos_token is defined %}B{% endif %}"
+        "{% if not enable_thinking %}quick{% endif %}"
     )
     chat = chat_of(tmp_path, template)
     assert text_of(chat, chat.prompt(USER + [{"role": "tool", "content": "x"}])) == "2+3?|quick"

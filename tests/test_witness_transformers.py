@@ -1,6 +1,7 @@
 """model.py against transformers, the reference library: the same logits, files and prompts.
 
-Runs where transformers is installed; the real models are looked for in $MODELS (or ~/.cache/real-models).
+Runs where transformers is installed; the real models are looked for in $MODELS (or
+~/.cache/real-models).
 """
 
 import json
@@ -30,6 +31,7 @@ COMMON = dict(
     eos_token_id=258,
     pad_token_id=256,
 )
+PLAIN = dict(rope_type="default", rope_theta=1e6)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=500000.0,
@@ -46,11 +48,14 @@ LONGROPE = dict(
     original_max_position_embeddings=256,
 )
 FAMILIES = {
-    "qwen2": ("Qwen2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
-    "qwen3": ("Qwen3", dict(head_dim=32, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2": ("Qwen2", dict(rope_parameters=PLAIN)),
+    "qwen3": ("Qwen3", dict(head_dim=32, rope_parameters=PLAIN)),
     "llama": ("Llama", dict(rope_parameters=LLAMA3, rms_norm_eps=1e-5)),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=32)),
-    "phi3": ("Phi3", dict(rope_parameters=LONGROPE, original_max_position_embeddings=256, num_key_value_heads=4)),
+    "phi3": (
+        "Phi3",
+        dict(rope_parameters=LONGROPE, original_max_position_embeddings=256, num_key_value_heads=4),
+    ),
 }
 
 
@@ -58,7 +63,8 @@ def write(folder, family, tied):
     """A random model of transformers, with norms and biases that are not the neutral ones."""
     name, extra = FAMILIES[family]
     torch.manual_seed(1)
-    config = getattr(transformers, name + "Config")(**{**COMMON, **extra, "tie_word_embeddings": tied})
+    settings = {**COMMON, **extra, "tie_word_embeddings": tied}
+    config = getattr(transformers, name + "Config")(**settings)
     reference = getattr(transformers, name + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -81,8 +87,9 @@ def compare(ours, reference, ids, start=0, tolerance=1e-4):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(tmp_path, family, tied):
-    """Short prompts hide errors in the rope scaling, so far positions too. Phi-3 turns to its long factors
-    beyond its original length, in transformers by the positions at hand, here by the context asked for."""
+    """Short prompts hide errors in the rope scaling, so far positions too. Phi-3 turns to its long
+    factors beyond its original length, in transformers by the positions at hand, here by the
+    context asked for."""
     reference = write(tmp_path / "m", family, tied)
     ids = torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(0))
     ours, _ = load(str(tmp_path / "m"), context=256)
@@ -95,7 +102,8 @@ def test_logits(tmp_path, family, tied):
 
 
 def test_older_config_of_the_hub_is_the_same_model(tmp_path):
-    """Llama 3.2 and Phi-3.5 on the hub have rope_theta and rope_scaling; transformers now writes rope_parameters."""
+    """Llama 3.2 and Phi-3.5 on the hub have rope_theta and rope_scaling; transformers now writes
+    rope_parameters."""
     for family, key in (("llama", "rope_type"), ("phi3", "type")):
         folder = tmp_path / family
         reference = write(folder, family, False)
@@ -133,7 +141,9 @@ def test_saved_folder_loads_in_transformers(tmp_path, monkeypatch, family, tied)
 
 
 CONVERSATIONS = {
-    "user": [{"role": "user", "content": "Use [3, 7, 25] to make 46.\n  <answer> 3 & 7 </answer> é 你好"}],
+    "user": [
+        {"role": "user", "content": "Use [3, 7, 25] for 46.\n  <answer> 3 & 7 </answer> é 你好"}
+    ],
     "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2+3? "}],
     "turns": [
         {"role": "user", "content": "2+3?"},
@@ -146,7 +156,11 @@ TOOL = {
     "function": {
         "name": "get_weather",
         "description": "Weather of a <city> & its surroundings, e.g. 'Zürich'",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
     },
 }
 
@@ -169,8 +183,11 @@ def test_real_prompts(pair):
     _, chat, _, tokenizer, _ = pair
     for messages in CONVERSATIONS.values():
         for tools in (None, [TOOL]):
-            text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-            assert chat.prompt(messages, tools) == tokenizer(text, add_special_tokens=False).input_ids
+            text = tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert chat.prompt(messages, tools) == ids
     turns = CONVERSATIONS["turns"]
     for last in (chat.encode("<|im_end|>"), []):
         ids = chat.prompt(turns[:1]) + chat.encode("6") + last

@@ -1,15 +1,17 @@
-"""Make tiny/: the embedded default model, warmed up on a synthetic corpus.  python tiny/make_tiny.py --out tiny
+"""Make the embedded default model.  python tiny/make_tiny.py --out NEW_FOLDER
 
-RRR can only reward what sometimes happens, so the warm-up teaches the three turns, at mixed quality that does not
-depend on the problem:
+RRR can only reward what sometimes happens, so this warm-up teaches the three turns, at mixed
+quality that does not depend on the problem:
 
     attempt     a guess with its arithmetic, right or wrong
-    reflection  vague ("I was careless.") | a diagnosis ("3+5=8, not 43.") | a search, which tries candidates:
-                "3+5=8, 43-8=35 no; 3*12=36, 43-36=7 yes: 3*12+7"
+    reflection  vague: "I should check my work next time."
+                a diagnosis: "I got 33, not 43: too low."
+                a search: "3+5=8, 43-8=35, left 12 no; 3*12=36, 43-36=7, left 7 yes: 3*12+7"
     retry       what the search found; after any other reflection, a guess like the attempt
 
-Which kind of reflection is written, and how many candidates a search tries, is left to chance: that is what
-training can choose. All arithmetic is spelled out and true, so that a check can be trusted. No test problem occurs.
+Which kind of reflection comes, and how many candidates a search tries, is left to chance: that is
+what training can choose. All arithmetic is spelled out and true, so that a check can be trusted.
+No test problem is in the corpus.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Chat, Decoder, ModelConfig, save
 from tasks.countdown import Countdown
 
-DIFFICULTY = "3x20"
-MAX_NUMBER = 20
-RIGHT = 0.45  # attempts (and guessed retries) that are right
-KINDS = {"vague": 0.45, "diagnosis": 0.3, "search": 0.25}
-HIT = 0.4  # candidates of a search that lead to the target
+DIFFICULTY = "3x15"
+MAX_NUMBER = 15
+RIGHT = 0.6  # attempts (and guessed retries) that are right
+KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
+HIT = 0.5  # candidates of a search that lead to the target
 VAGUE = [
     "I made a mistake and should be more careful.",
     "I was careless. I will think before I answer.",
@@ -44,10 +47,11 @@ VAGUE = [
 ]
 PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # what the template writes around a prompt
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # around a prompt
 
 
 def first_steps(nums):
@@ -57,7 +61,7 @@ def first_steps(nums):
         a, b = max(nums[i], nums[j]), min(nums[i], nums[j])
         c = nums[3 - i - j]
         results = [("+", a + b), ("*", a * b), ("-", a - b)]
-        if a % b == 0:
+        if b > 1 and a % b == 0:
             results.append(("/", a // b))
         for operator, m in results:
             if 0 < m < 120:
@@ -82,23 +86,27 @@ def compose(text, operator, c):
     """The whole expression, with the parentheses that it needs."""
     if operator == "reversed -":
         return f"{c}-({text})"
-    return f"({text})*{c}" if operator == "*" and ("+" in text or "-" in text) else f"{text}{operator}{c}"
+    if operator == "*" and ("+" in text or "-" in text):
+        return f"({text})*{c}"
+    return f"{text}{operator}{c}"
 
 
 def check(text, m, c, target):
-    """One candidate of a search: what is missing after the first step, and is it the number that is left?"""
+    """One candidate of a search: what is missing after its first step; is it the number left?"""
     checks = []
     if m > 1 and target % m == 0:
-        checks.append((f"{target}/{m}={target // m}", target // m, "*"))
-    checks.append((f"{target}-{m}={target - m}", target - m, "+") if target >= m else (f"{m}-{target}={m - target}", m - target, "-"))
+        checks.append((f"{target}/{m}", target // m, "*"))
+    if target >= m:
+        checks.append((f"{target}-{m}", target - m, "+"))
+    else:
+        checks.append((f"{m}-{target}", m - target, "-"))
     if target + m <= MAX_NUMBER:
-        checks.append((f"{target}+{m}={target + m}", target + m, "reversed -"))
-    line = f"{text}={m}"
-    for shown, missing, operator in checks:
-        line += f", {shown}"
+        checks.append((f"{target}+{m}", target + m, "reversed -"))
+    line = f"{text}={m}" + "".join(f", {shown}={missing}" for shown, missing, _ in checks)
+    for _, missing, operator in checks:
         if missing == c:
-            return f"{line} yes: {compose(text, operator, c)}", True
-    return line + " no", False
+            return f"{line}, left {c} yes: {compose(text, operator, c)}", True
+    return f"{line}, left {c} no", False
 
 
 def guess(nums, target, steps, rng, right):
@@ -127,7 +135,7 @@ def search(target, steps, rng):
     good = [s for s in steps if second_step(s[1], s[2], target)]
     bad = [s for s in steps if s not in good]
     lines = []
-    for _ in range(rng.choice((1, 1, 2, 2, 3, 4, 5))):
+    for _ in range(rng.choice((1, 1, 2, 2, 3, 4, 5, 6))):
         candidates = good if good and rng.random() < HIT else bad
         if not candidates:
             break
@@ -139,11 +147,11 @@ def search(target, steps, rng):
     return "; ".join(lines), None
 
 
-def conversation(problem, task, rng):
+def conversation(problem, task, rng, right=RIGHT):
     """The assistant's turns for one problem: [attempt] or [attempt, reflection, retry]."""
     nums, target = problem["nums"], problem["target"]
     steps = first_steps(nums)
-    attempt = guess(nums, target, steps, rng, rng.random() < RIGHT)
+    attempt = guess(nums, target, steps, rng, rng.random() < right)
     if task.verify(problem, attempt).ok:
         return [attempt]
     retry = guess(nums, target, steps, rng, rng.random() < RIGHT)
@@ -152,7 +160,8 @@ def conversation(problem, task, rng):
         reflection = rng.choice(VAGUE)
     elif kind == "diagnosis":
         result = attempt.split(" <")[0].split("=")[-1]
-        how = "too low" if int(result) < target else "too high" if int(result) > target else "with wrong numbers"
+        how = "too low" if int(result) < target else "too high"
+        how = how if int(result) != target else "with wrong numbers"
         reflection = f"I got {result}, not {target}: {how}."
     else:
         reflection, found = search(target, steps, rng)
@@ -162,7 +171,8 @@ def conversation(problem, task, rng):
 
 
 def make_tokenizer(texts, folder):
-    """Byte-level BPE in which digits, operators and tags stand alone, and up to four words may make one token."""
+    """Byte-level BPE in which digits, operators and tags stand alone, and up to four words may make
+    one token: prompts are short, and arithmetic is spelled."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -212,19 +222,20 @@ def make_tokenizer(texts, folder):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def encode(problem, turns, task, chat, glues):
-    """ids, and for each id whether it is trained: the assistant's, its end of turn included."""
+def encode(problem, turns, task, chat, glues, first):
+    """ids, and for each id whether it is trained: the assistant's turns from turn `first` on, with
+    their ends of turn."""
     ids = chat.encode(HEAD + task.messages(problem)[0]["content"] + TAIL)
     trained = [False] * len(ids)
     for i, text in enumerate(turns):
         answer = chat.encode(text + "<|im_end|>")
         glue = glues[i] if i + 1 < len(turns) else []
         ids += answer + glue
-        trained += [True] * len(answer) + [False] * len(glue)
+        trained += [i >= first] * len(answer) + [False] * len(glue)
     return ids, trained
 
 
-def batches(problems, task, chat, rng, rows=64):
+def batches(problems, task, chat, rng, rows=32):
     """Endless batches of conversations of like length: ids (B, T), trained (B, T), right-padded."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
@@ -232,23 +243,26 @@ def batches(problems, task, chat, rng, rows=64):
         pool = []
         for problem in rng.choices(problems, k=rows * 16):
             problem = problem | {"nums": rng.sample(problem["nums"], 3)}
-            pool.append(encode(problem, conversation(problem, task, rng), task, chat, glues))
+            # Half of the conversations are about a failure that is given, not learnt: reflections
+            # and retries need the practice, and the share of right attempts stays what it is.
+            given = rng.random() < 0.5
+            turns = conversation(problem, task, rng, 0 if given else RIGHT)
+            pool.append(encode(problem, turns, task, chat, glues, int(given)))
         pool.sort(key=lambda pair: len(pair[0]))
         groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
         rng.shuffle(groups)
         for group in groups:
             longest = max(len(ids) for ids, _ in group)
             ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in group])  # (B, T)
-            trained = torch.tensor([row + [False] * (longest - len(row)) for _, row in group])  # (B, T)
+            trained = torch.tensor([row + [False] * (longest - len(row)) for _, row in group])
             yield ids, trained
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="a new folder for the model")
-    parser.add_argument("--minutes", type=float, default=0, help="stop the schedule by time instead of by steps")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -268,7 +282,8 @@ def main():
     assert chat.prompt(example) == chat.encode(HEAD + example[0]["content"] + TAIL)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems")
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    settings = {"betas": (0.9, 0.98), "weight_decay": 0.05}
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, **settings)
     stream = batches(problems, task, chat, rng)
     progress = tqdm(range(args.steps), desc="warm-up")
     for step in progress:
@@ -278,8 +293,8 @@ def main():
         ids, trained = next(stream)
         B, T = ids.shape
         positions = torch.arange(T).expand(B, T)
-        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): where the next id is trained
-        loss = torch.nn.functional.cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
+        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): the next id is trained
+        loss = cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
