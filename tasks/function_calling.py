@@ -3,7 +3,8 @@
 A problem is {"key", "messages" (the request), "tools" (JSON schemas), "answers" (the wanted calls
 [{"name", "arguments"}]), "form"}. The form says how the wanted arguments are written:
 - "exact": {parameter: value}; the embedded problems (tools.json) and xLAM-60k's.
-- "berkeley": {parameter: [accepted values]}, "" among them: it may be left out.
+- "berkeley": {parameter: [accepted values]}, "" among them: it may be left out. Dicts inside hold
+  such lists again, lists inside hold plain values.
 
 An answer is right if its calls and the wanted ones pair off one to one, in any order. Types count:
 true is not 1, "1" is not 1, and 1.0 is 1 only if the schema says number. In the exact form, a
@@ -16,7 +17,6 @@ import json
 import random
 import re
 from datetime import date, timedelta
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,7 +83,7 @@ class FunctionCalling(Task):
         """The request; without native_tools, the tools in words before its first user message."""
         messages = [dict(message) for message in problem["messages"]]
         if not native_tools:
-            user = next(message for message in messages if message["role"] == "user")
+            user = next(message for message in messages if message.get("role") == "user")
             tools = [json.dumps(tool["function"], ensure_ascii=False) for tool in problem["tools"]]
             offer = "\n".join(["You can call these tools:", *tools])
             user["content"] = f"{offer}\n\nRequest: {user['content']}\n\n{ANSWER}"
@@ -116,7 +116,7 @@ class FunctionCalling(Task):
         domain = rng.choice(list(self.domains.values()))
         others = [t for tools in self.domains.values() if tools is not domain for t in tools]
         count = rng.randint(*self.level[2:])
-        near = rng.randint(1, count - 1)
+        near = rng.randint(1, count - 1)  # of the same domain, which are easier to confuse
         offered = rng.sample(domain, near) + rng.sample(others, count - near)
         rng.shuffle(offered)
         calls, sentences = [], []
@@ -156,7 +156,8 @@ class FunctionCalling(Task):
         if spec["type"] == "array":
             count = rng.randint(*spec["count"])
             values, words = zip(*[self._draw(rng, spec["items"], used) for _ in range(count)])
-            return list(values), " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+            *items, last = words
+            return list(values), f"{', '.join(items)} and {last}" if items else last
         options = self.pools.get(spec.get("values"), spec.get("enum", [True, False]))
         if "range" in spec:
             low, high, step = spec["range"]
@@ -217,43 +218,46 @@ def _must(value, kind, what):
 
 def _compare(wanted, call, schema, berkeley):
     """(how much is right, what differs): 0 another tool, 1 the tool, 2 its parameters, 3 all."""
-    name, worst = wanted["name"], (3, "")
+    name = wanted["name"]
     if call["name"] != name:
         return 0, f"expected the tool {name}, found {call['name']!r:.80}."
-    wanted, given = wanted["arguments"], call["arguments"]
+    differences = _differences(wanted["arguments"], call["arguments"], schema, berkeley)
+    right, detail = min(differences, default=(3, ""))
+    return right, f"{name}, {detail}."
+
+
+def _differences(wanted, given, schema, berkeley):
+    """Of two dicts: (1, in words) for a key missing or not wanted, (2, in words) for a value."""
     for key in wanted | given:
         spec = schema.get("properties", {}).get(key, {})
         default = "" if berkeley else spec.get("default", LEFT_OUT)
-        accepted = wanted.get(key, [""]) if berkeley else [wanted.get(key, default)]
-        *right, found = [_text(v, spec, berkeley) for v in [*accepted, given.get(key, default)]]
+        accepted = wanted.get(key, default)
+        accepted = accepted if berkeley and isinstance(accepted, list) else [accepted]
+        right = any(_same(value, given.get(key, default), spec, berkeley) for value in accepted)
         missing = key not in given
-        if found not in right or (missing and key in schema.get("required", [])):
+        if not right or (missing and key in schema.get("required", [])):
             expected = " or ".join(f"{value!r:.80}" for value in accepted)
             found = "nothing" if missing else f"{given[key]!r:.80}"
-            detail = f"{name}, {key!r:.80}: expected {expected}, found {found}."
-            worst = min(worst, (1 if missing or key not in wanted else 2, detail))
-    return worst
+            level = 1 if missing or key not in wanted else 2
+            yield level, f"{key!r:.80}: expected {expected}, found {found}"
 
 
-def _text(value, schema, berkeley):
-    """JSON text that two values share if they count as the same; true, 1, "1" have three."""
-
-    def plain(value, schema):
-        if isinstance(value, dict):
-            specs = schema.get("properties", {})
-            return {key: plain(v, specs.get(key, {})) for key, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v, schema.get("items", {})) for v in value]
-        if isinstance(value, str) and berkeley:
-            return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"')
-        whole = isinstance(value, float) and value.is_integer() and schema.get("type") == "number"
-        return int(value) if whole else value
-
-    return json.dumps(plain(value, schema), sort_keys=True)
+def _same(wanted, value, schema, berkeley):
+    """Whether it counts as the wanted value; only `wanted` decides how deep this looks."""
+    if isinstance(wanted, dict) and isinstance(value, dict):
+        return not any(_differences(wanted, value, schema, berkeley))
+    if isinstance(wanted, list) and isinstance(value, list):
+        pairs, spec = zip(wanted, value), schema.get("items", {})
+        return len(wanted) == len(value) and all(_same(*pair, spec, berkeley) for pair in pairs)
+    if berkeley and isinstance(wanted, str) and isinstance(value, str):
+        plain = [re.sub(r"[ ,./\-_*^]", "", text).lower() for text in (wanted, value)]
+        return plain[0].replace("'", '"') == plain[1].replace("'", '"')
+    numbers = schema.get("type") == "number" and {type(wanted), type(value)} <= {int, float}
+    return (numbers or type(wanted) is type(value)) and wanted == value
 
 
 def _pair(fits):
-    """Kuhn's matching: {call: wanted}, as many pairs as fits[wanted][call] allows."""
+    """Kuhn's matching, {call: wanted}: as many pairs as fits[wanted][call] allows."""
     pairs = {}
 
     def place(wanted, tried):
@@ -310,28 +314,14 @@ def _problem(row, truths):
     for call in answers:
         call["arguments"] = _must(call.get("arguments"), dict, f"the arguments of {call['name']}")
         if form == "berkeley":  # its rows may list parameters that the tool lacks, as omittable
-            accepted = _accepted(call["arguments"]).items()
             known = tools[call["name"]]["function"]["parameters"].get("properties", {})
-            call["arguments"] = {k: v for k, v in accepted if k in known or "" not in v}
+            for key, accepted in list(call["arguments"].items()):
+                _must(accepted, list, f"the accepted values of {key}")
+                if key not in known and "" in accepted:
+                    del call["arguments"][key]
     key = " ".join(" ".join(texts).lower().split())
     tools = list(tools.values())
     return {"key": key, "messages": messages, "tools": tools, "answers": answers, "form": form}
-
-
-def _accepted(choices):
-    """Berkeley's {key: [accepted values]}; a dict among the values, which holds such lists again,
-    becomes all the plain dicts that it stands for."""
-
-    def plain(value):
-        if isinstance(value, list):
-            return [list(items) for items in product(*map(plain, value))]
-        if isinstance(value, dict):
-            rows = product(*_accepted(value).values())
-            return [{k: v for k, v in zip(value, row) if v != ""} for row in rows]
-        return [value]
-
-    lists = {k: _must(v, list, f"the accepted values of {k}") for k, v in choices.items()}
-    return {key: sum(map(plain, values), []) for key, values in lists.items()}
 
 
 def _objects(value, what):
@@ -347,9 +337,9 @@ def _tool(function):
     schema = _must(function.get("parameters") or {}, dict, f"the parameters of {name}")
     if not isinstance(schema.get("type"), str):
         specs = {key: _must(spec, dict, f"the schema of {key}") for key, spec in schema.items()}
-        typed = {key: str(spec.get("type")).lower() for key, spec in specs.items()}
-        required = [k for k, s in specs.items() if not {"default", "say"} & s.keys()]
-        required = [key for key in required if "optional" not in typed[key]]
+        optional = [key for key, spec in specs.items() if {"default", "say"} & spec.keys()]
+        optional += [k for k, s in specs.items() if "optional" in str(s.get("type")).lower()]
+        required = [key for key in specs if key not in optional]
         schema = {"type": "object", "properties": specs, "required": required}
     described = {"name": name, "description": function.get("description", "")}
     return {"type": "function", "function": {**described, "parameters": _schema(schema)}}

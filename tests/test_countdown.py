@@ -1,4 +1,4 @@
-"""Countdown's verifier against exact arithmetic, and the mistakes of published ones (each named)."""
+"""Countdown's verifier against exact arithmetic, and mistakes of published ones (each named)."""
 
 import itertools
 import json

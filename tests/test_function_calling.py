@@ -48,13 +48,19 @@ def call(name="f", **arguments):
 
 def reference_answer(problem):
     """The text of a right answer; in the Berkeley form, of the first values that may be given."""
+
+    def first(wanted):
+        if isinstance(wanted, list):
+            return [first(value) for value in wanted]
+        if not isinstance(wanted, dict):
+            return wanted
+        lists = {key: v if isinstance(v, list) else [v] for key, v in wanted.items()}
+        firsts = {key: next((v for v in vs if v != ""), "") for key, vs in lists.items()}
+        return {key: first(value) for key, value in firsts.items() if value != ""}
+
     calls = problem["answers"]
     if problem["form"] == "berkeley":
-        calls = [
-            made
-            | {"arguments": {k: v[v[0] == ""] for k, v in made["arguments"].items() if v != [""]}}
-            for made in calls
-        ]
+        calls = [made | {"arguments": first(made["arguments"])} for made in calls]
     return "\n".join(f"<tool_call>\n{json.dumps(made)}\n</tool_call>" for made in calls)
 
 

@@ -1,0 +1,109 @@
+"""Real weights through the whole road, and greedy ids against transformers' own generation.
+
+The models are looked for in $MODELS (or ~/.cache/real-models); what is missing is skipped by name.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="pip install transformers")
+
+import train  # noqa: E402
+from conftest import ROOT  # noqa: E402
+from model import load  # noqa: E402
+from sampler import Conversations  # noqa: E402
+
+REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
+BFCL = Path(os.environ.get("BFCL", ROOT.parent / "shared" / "data" / "bfcl"))
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours, separated by commas, and nothing else. Think of the rainbow.",
+    "What is 2+3?",
+    "Write one sentence about the sea.",
+]
+
+
+def folder(name):
+    if not (REAL / name / "tokenizer.json").exists():
+        pytest.skip(f"{name} is not in {REAL}")
+    return str(REAL / name)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
+def test_two_greedy_turns_equal_transformers_ids(name):
+    """Ragged prompts, stop tokens, a second turn on the same cache: the ids that generate
+    gives row by row, and text that reads as sense."""
+    model, chat = load(folder(name))
+    prompts = [chat.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(REAL / name, dtype=torch.float32)
+    conversations = Conversations(model, len(prompts), 400)
+    conversations.extend(prompts)
+    texts = [list(prompt) for prompt in prompts]
+    for turn in range(2):
+        generator = torch.Generator().manual_seed(0)
+        sampled = conversations.sample(24, chat.stop_ids, generator, temperature=0)
+        for text, s in zip(texts, sampled):
+            expected = reference.generate(
+                torch.tensor([text]),
+                attention_mask=torch.ones(1, len(text), dtype=torch.long),
+                max_new_tokens=24,
+                do_sample=False,
+                repetition_penalty=1.0,
+                eos_token_id=sorted(chat.stop_ids),
+                pad_token_id=0,
+            )[0, len(text) :]
+            assert s.ids == expected.tolist()
+            text += s.ids
+        if turn == 0:
+            assert "Paris" in chat.decode(sampled[0].ids)
+        glue = [chat.glue("Are you sure?", s.ids[-1]) for s in sampled]
+        conversations.extend(glue)
+        texts = [text + piece for text, piece in zip(texts, glue)]
+
+
+RUNS = {
+    "smollm2-135m": [
+        ["--task", "countdown"],
+        ["--task", "function_calling"],
+        ["--task", "function_calling", "--data", str(BFCL / "BFCL_v4_simple_python.json")],
+    ],
+    "qwen2.5-coder-0.5b": [["--task", "countdown"], ["--task", "function_calling"]],
+}
+
+
+@pytest.mark.parametrize(
+    "name, options", [(name, options) for name, many in RUNS.items() for options in many]
+)
+def test_a_step_on_real_weights_logs_saves_and_resumes(name, options, tmp_path, monkeypatch):
+    """Sampler and trainer agree on the log-probs of real models, and what is saved is loaded by
+    transformers."""
+    monkeypatch.chdir(tmp_path)
+    if "--data" in options and not Path(options[-1]).exists():
+        pytest.skip(f"{options[-1]} is not there")
+    quick = "--batch_size 2 --group_size 2 --pool_problems 3 --eval_n 2 --difficulty 3x20"
+    quick = quick.split() if "countdown" in options else quick.split()[:-2]
+    limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 1".split()
+    # With so few tokens nothing succeeds: a coin decides, so that there is something to train on.
+    verify = train.Rollout._verify
+
+    def coin(self, problem, turn):
+        lucky = len(turn.prompt_ids) < 60 and sum(turn.ids) % 2 == 0 and turn.ids != []
+        return verify(self, problem, turn) | {"ok": lucky}
+
+    monkeypatch.setattr(train.Rollout, "_verify", coin)
+    train.main(["--model", folder(name), *options, *quick, *limits, "--out", "r"])
+    [row] = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    if row["groups_with_signal"]:
+        assert row["gap_max"] < 1e-3 and row["grad_norm"] > 0
+    [saved] = Path("r").glob("step-*")
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    ours, _ = load("r")
+    ids = torch.arange(100, 130)[None]
+    with torch.no_grad():
+        expected = again(ids).logits
+        got = ours.logits(ours(ids, torch.arange(30)[None]))
+    assert (got - expected).abs().max() / expected.abs().max() < 1e-4
