@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from model import UserError, check, load, resolve
+from model import UserError, check, explain, load, resolve
 from rrr import Rollout, Sampling
 from tasks import get_task
 
@@ -62,7 +62,7 @@ def profile(model: str, cuda: bool) -> dict:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # load() will say what is wrong with it
     if small:
-        limits = dict(attempt_tokens=48, reflection_tokens=112, retry_tokens=48, sample_rows=512)
+        limits = dict(attempt_tokens=48, reflection_tokens=144, retry_tokens=48, sample_rows=512)
         return limits | dict(difficulty="3x15", steps=60, lr=1e-4, pool_problems=1000)
     if cuda:
         return {}
@@ -237,11 +237,9 @@ def table(reports: dict[str, dict], errors: list[str]) -> str:
 def compare(folders: list[str]) -> None:
     reports = {}
     for folder in folders:
-        try:
+        with explain(f"{folder} has no eval.json to read", OSError, ValueError, KeyError):
             content = json.loads((Path(folder) / "eval.json").read_text())
             reports[folder], errors = content["report"], content["errors"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} has no eval.json that can be read ({error!r}).") from None
     print(table(reports, errors))
 
 
@@ -254,13 +252,11 @@ def run(config: Config) -> None:
     is_run = Path(config.model).is_dir() and resolve(config.model) != Path(config.model)
     out = Path(config.out or (config.model if is_run else f"eval-{Path(config.model).name}"))
     content = {"config": asdict(config), "errors": task.errors, "report": report}
-    try:
+    with explain(f"the evaluation cannot be written to {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
         lines = [episode.to_json() + "\n" for episode in episodes]
         (out / "eval_episodes.jsonl").write_text("".join(lines))
-    except OSError as error:
-        raise UserError(f"the evaluation cannot be written to {out} ({error}).") from None
     print(table({config.model: report}, task.errors))
     print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
 

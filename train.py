@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
 from eval import Common, chunks, evaluate, held_out, open_model, parse, percent, seeded, table
-from model import UserError, check, load, save
+from model import UserError, check, explain, load, save
 from rrr import (
     TRAINED_TURNS,
     Episode,
@@ -115,24 +114,15 @@ class MasterAdamW:
         self.adamw.zero_grad()
         return norm if math.isfinite(norm) else None
 
-    def tensors(self) -> dict:
-        """Masters, moments and step counts by name, for a safetensors file."""
-        named = {f"master.{i}": master.data for i, master in enumerate(self.masters)}
-        for i, master in enumerate(self.masters):
-            named |= {f"{key}.{i}": value for key, value in self.adamw.state[master].items()}
-        return named
+    def state(self) -> dict:
+        masters = [master.detach() for master in self.masters]
+        return {"masters": masters, "adamw": self.adamw.state_dict()}
 
-    def restore(self, named: dict) -> None:
-        state = {i: {} for i in range(len(self.masters))}
-        for name, tensor in named.items():
-            key, i = name.split(".")
-            if key == "master":
-                self.masters[int(i)].data.copy_(tensor)
-            else:
-                state[int(i)][key] = tensor
-        groups = self.adamw.state_dict()["param_groups"]
-        state = {i: entry for i, entry in state.items() if entry}  # none before the first update
-        self.adamw.load_state_dict({"state": state, "param_groups": groups})
+    @torch.no_grad()
+    def restore(self, state: dict) -> None:
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+        self.adamw.load_state_dict(state["adamw"])
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -301,19 +291,15 @@ def measure(episodes: list[Episode], batches, first_try, seconds: dict) -> dict:
 
 def write(path: Path, text: str, append: bool = False) -> None:
     """Text to a file, in a folder that is made if need be; UserError where that fails."""
-    try:
+    with explain(f"{path} cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a" if append else "w", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}).") from None
 
 
 def read(path: Path) -> list[str]:
-    try:
+    with explain(f"{path} cannot be read", OSError, UnicodeDecodeError):
         return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from None
 
 
 def save_checkpoint(run: Path, step: int, model, chat, optimizer, skipped: int) -> None:
@@ -324,10 +310,10 @@ def save_checkpoint(run: Path, step: int, model, chat, optimizer, skipped: int) 
     shutil.rmtree(beside, ignore_errors=True)
     try:
         save(model, chat, beside)
-        safetensors.torch.save_file(optimizer.tensors(), beside / "optimizer.safetensors")
-        write(beside / "state.json", json.dumps({"step": step, "skipped_in_a_row": skipped}))
+        state = {"step": step, "skipped_in_a_row": skipped, "optimizer": optimizer.state()}
+        torch.save(state, beside / "state.pt")
         os.rename(beside, final)
-    except (OSError, safetensors.SafetensorError, UserError) as error:
+    except (OSError, RuntimeError, UserError) as error:  # torch.save's full disk is a RuntimeError
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(
             f"the checkpoint of step {step} cannot be written to {run} ({error}): make room, then "
@@ -342,11 +328,10 @@ def restore_checkpoint(run: Path, optimizer) -> tuple[int, int]:
     """Fills the optimizer from the last checkpoint, and cuts what the logs say of later steps.
     Returns the step and the number of updates skipped in a row."""
     folder = max(run.glob("step-*"))
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        optimizer.restore(safetensors.torch.load_file(folder / "optimizer.safetensors"))
-    except (OSError, ValueError, LookupError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UserError(f"the checkpoint {folder} is damaged ({error}).") from None
+    device = next(iter(optimizer.masters)).device
+    with explain(f"the checkpoint {folder} is damaged", Exception):  # whatever torch.load raises
+        state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
+        optimizer.restore(state["optimizer"])
     for path in (run / "metrics.jsonl", run / "episodes.jsonl"):
         lines = [line for line in read(path) if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
@@ -359,11 +344,9 @@ def open_run(config: Config, given: set) -> tuple[Path, Config]:
     where the folder exists already, or a given option is not the run's."""
     if config.resume:
         run = Path(config.resume)
-        try:
+        with explain(f"{run} is not the folder of a run", OSError, ValueError, TypeError):
             stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
             old = Config(**stored)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{run} is not the folder of a run ({error}).") from None
         for name in sorted(given - {"resume"}):
             check(
                 getattr(config, name) == stored[name],

@@ -1,4 +1,4 @@
-"""Small random models and a task that needs no skill: enough to see whether the machinery is right."""
+"""Small random models: enough to see whether the machinery is right."""
 
 import sys
 from pathlib import Path

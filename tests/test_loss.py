@@ -14,7 +14,9 @@ from rrr import Episode, Turn, assign_advantages, grpo_loss, make_batches, spans
 
 def turn(rng, prompt, n):
     ids = [rng.randrange(97) for _ in range(n)]
-    return Turn([rng.randrange(97) for _ in range(prompt)], ids, [-rng.random() for _ in ids], "", True)
+    return Turn(
+        [rng.randrange(97) for _ in range(prompt)], ids, [-rng.random() for _ in ids], "", True
+    )
 
 
 def make_episodes(groups=3, G=4, seed=0, rewards=None):
@@ -34,7 +36,7 @@ def make_episodes(groups=3, G=4, seed=0, rewards=None):
 
 
 def plain_logps(model, episode, train_on, temperature=1.0):
-    """One full, uncached, unshared, unpadded pass of one episode: log-probs of its trained tokens, in order."""
+    """One full, uncached, unshared, unpadded pass of one episode: its trained tokens' log-probs."""
     turns = [episode.attempt, episode.reflection, *episode.retries]
     ids, trained = [], []
     for i, t in enumerate(turns):
@@ -66,13 +68,24 @@ def assert_same(a, b, tolerance=1e-5):
 
 
 def test_the_trained_tokens_are_exactly_the_reflections():
-    """The example of Batch's docstring. Prevents: a mask that is shifted by one, a lost stop token."""
+    """Batch's own example. Prevents: a mask that is shifted by one, a lost stop token."""
     a, b, c, x, y, stop, z = range(1, 8)
     attempt = Turn([a], [b], [0.0], "", True)
     retry = Turn([9, 9], [9], [0.0], "", True)
     episodes = [
-        Episode({}, 0, attempt, {}, Turn([c], [x, y, stop], [-1.0, -2.0, -3.0], "", True), [retry], [{}], 1.0),
-        Episode({}, 0, attempt, {}, Turn([c], [z, stop], [-4.0, -5.0], "", True), [retry], [{}], 0.0),
+        Episode(
+            {},
+            0,
+            attempt,
+            {},
+            Turn([c], [x, y, stop], [-1.0, -2.0, -3.0], "", True),
+            [retry],
+            [{}],
+            1.0,
+        ),
+        Episode(
+            {}, 0, attempt, {}, Turn([c], [z, stop], [-4.0, -5.0], "", True), [retry], [{}], 0.0
+        ),
     ]
     assign_advantages(episodes)
     [batch] = make_batches(episodes, "reflection", "token", 0, 100)
@@ -86,8 +99,8 @@ def test_the_trained_tokens_are_exactly_the_reflections():
 
 
 def test_nothing_outside_the_reflections_meets_the_head(small):
-    """Prevents: training the attempt, the instructions or the retry. The head sees one position for each
-    reflection token, and changing every retry changes neither loss nor gradient by a bit."""
+    """Prevents: training the attempt, the instructions or the retry. The head sees one position for
+    each reflection token, and changing every retry changes neither loss nor gradient by a bit."""
     episodes = make_episodes()
     seen = []
     logits, small.logits = small.logits, lambda hidden: seen.append(len(hidden)) or logits(hidden)
@@ -97,12 +110,14 @@ def test_nothing_outside_the_reflections_meets_the_head(small):
     assert max(seen) == sum(len(e.reflection.ids) for e in trained)
     for episode in episodes:
         episode.retries[0].ids = [1] * 7
-    after = gradient(small, total_loss(small, make_batches(episodes, "reflection", "token", 0, 10**6)))
+    after = gradient(
+        small, total_loss(small, make_batches(episodes, "reflection", "token", 0, 10**6))
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_gradient_at_untrained_positions_is_exactly_zero(small):
-    """Each position's own log-prob, seen by a full pass: those outside the mask get gradient 0, those inside
+    """Log-probs outside the mask get gradient 0, those inside
     exactly weight x advantage. Prevents: a mask that leaks into glue, padding or prefix."""
     batches = make_batches(make_episodes(), "reflection", "token", 0, 10**6)
     for batch in batches:
@@ -117,7 +132,7 @@ def test_the_gradient_at_untrained_positions_is_exactly_zero(small):
 @pytest.mark.parametrize("train_on", ["reflection", "reflection+retry", "everything"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing):
-    """Prevents: a reflection that sees its siblings or the padding of the prefix, positions that start wrong."""
+    """Prevents: a reflection that sees its siblings or the prefix's padding, wrong positions."""
     model = random_model()
     episodes = make_episodes(seed=1)
     batches = make_batches(episodes, train_on, "token", 0, 10**6)
@@ -127,13 +142,21 @@ def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing):
     model.checkpointing = False
     plain = [plain_logps(model, e, train_on, 0.8) for e in episodes]
     tokens = sum(map(len, plain))
-    loss = -sum((torch.exp(p - p.detach()) * e.advantage).sum() for p, e in zip(plain, episodes)) / tokens
+    loss = (
+        -sum((torch.exp(p - p.detach()) * e.advantage).sum() for p, e in zip(plain, episodes))
+        / tokens
+    )
     assert_same(shared, gradient(model, loss))
     for batch in batches:  # the log-probs too, token for token
         got = trained_logps(model, batch, 0.8)
-        order = sorted(range(3), key=lambda g: -max(len(spans(e, train_on)[0]) for e in episodes if e.group == g))
+        order = sorted(
+            range(3),
+            key=lambda g: -max(len(spans(e, train_on)[0]) for e in episodes if e.group == g),
+        )
         assert got.shape[:2] == (3, 4) and len(order) == 3
-        assert torch.allclose(torch.sort(got[batch.mask])[0], torch.sort(torch.cat(plain))[0], atol=1e-4)
+        assert torch.allclose(
+            torch.sort(got[batch.mask])[0], torch.sort(torch.cat(plain))[0], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
@@ -143,7 +166,9 @@ def test_micro_batches_do_not_change_the_gradient(small, norm):
     whole = make_batches(episodes, "reflection", norm, 20, 10**6)
     parts = make_batches(episodes, "reflection", norm, 20, 1)
     assert len(whole) == 1 and len(parts) == 6
-    assert_same(gradient(small, total_loss(small, parts)), gradient(small, total_loss(small, whole)))
+    assert_same(
+        gradient(small, total_loss(small, parts)), gradient(small, total_loss(small, whole))
+    )
 
 
 def test_the_order_of_episodes_does_not_change_the_gradient(small):
@@ -187,7 +212,9 @@ def test_advantages():
     """Prevents: groups found by comparing prompts, a division by zero, the reward overwritten."""
     episodes = make_episodes(groups=2, rewards=[[1, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]])
     std = math.sqrt(0.25 * 0.75)
-    assert [e.advantage for e in episodes[:4]] == pytest.approx([0.75 / (std + 1e-4)] + [-0.25 / (std + 1e-4)] * 3)
+    assert [e.advantage for e in episodes[:4]] == pytest.approx(
+        [0.75 / (std + 1e-4)] + [-0.25 / (std + 1e-4)] * 3
+    )
     assert [e.advantage for e in episodes[4:]] == [0] * 4
     assert [e.reward for e in episodes[:4]] == [1, 0, 0, 0]
     assign_advantages(episodes, scale=False)
@@ -195,7 +222,7 @@ def test_advantages():
 
 
 def test_the_loss_equals_a_slow_loop_of_the_formulas_in_float64():
-    """method.md's formulas, one token at a time. Prevents: a sign, the clip on the wrong side, KL the wrong way."""
+    """One token at a time. Prevents: a sign, the clip on the wrong side, KL the wrong way."""
     torch.manual_seed(0)
     shape = (2, 3, 5)
     logps, old, ref = (-torch.rand(shape, dtype=torch.float64) * 3 for _ in range(3))
@@ -219,14 +246,18 @@ def test_the_loss_equals_a_slow_loop_of_the_formulas_in_float64():
 
 
 def test_the_gradient_by_finite_differences():
-    """The whole road in float64: shared prefix, head, temperature, clip, KL. Prevents: a detach too many."""
+    """The whole road in float64: prefix, head, clip, KL. Prevents: a detach too many."""
     model = random_model(layers=1).double()
-    model.logits = lambda hidden: torch.nn.functional.linear(hidden, model.model.embed_tokens.weight)
+    model.logits = lambda hidden: torch.nn.functional.linear(
+        hidden, model.model.embed_tokens.weight
+    )
     model.cos, model.sin = model.cos.double(), model.sin.double()
     episodes = make_episodes(groups=2, seed=5)
     batches = make_batches(episodes, "reflection", "token", 0, 10**6)
     torch.manual_seed(0)
-    olds = [trained_logps(model, b, 0.9).detach() + 0.05 * torch.randn(b.mask.shape) for b in batches]
+    olds = [
+        trained_logps(model, b, 0.9).detach() + 0.05 * torch.randn(b.mask.shape) for b in batches
+    ]
     refs = [old + 0.1 * torch.randn(old.shape) for old in olds]
 
     def value():
@@ -237,7 +268,11 @@ def test_the_gradient_by_finite_differences():
         return loss
 
     grads = gradient(model, value())
-    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"):
+    for name in (
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.norm.weight",
+    ):
         p = model.get_parameter(name)
         direction = torch.randn(p.shape, dtype=p.dtype)
         values = []
@@ -247,7 +282,9 @@ def test_the_gradient_by_finite_differences():
                 values.append(value().item())
                 p -= sign * 1e-4 * direction
         numeric = (values[0] - values[1]) / 2e-4
-        assert math.isclose(numeric, (grads[name] * direction).sum().item(), rel_tol=2e-3, abs_tol=1e-6)
+        assert math.isclose(
+            numeric, (grads[name] * direction).sum().item(), rel_tol=2e-3, abs_tol=1e-6
+        )
 
 
 def test_on_policy_the_loss_is_about_zero_and_its_gradient_is_not(small):

@@ -1,4 +1,4 @@
-"""The sampler against the plainest thing that could be right: a full forward pass without a cache for each token."""
+"""The sampler against the plainest thing: a full forward pass, without a cache, for each token."""
 
 import random
 
@@ -43,8 +43,8 @@ def random_prompts(n, seed=0, low=1, high=40):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_three_ragged_turns_with_fork_and_compaction_equal_uncached_greedy(seed):
-    """Prevents: wrong positions after padding, rows mixed up when finished ones are moved, forks that share memory,
-    the pending id fed twice or not at all."""
+    """Prevents: wrong positions after padding, rows mixed up when finished ones are
+    moved, the pending id fed twice or not at all."""
     model = random_model(seed=seed)
     rng = random.Random(seed)
     prompts = random_prompts(13, seed)
@@ -70,7 +70,9 @@ def test_three_ragged_turns_with_fork_and_compaction_equal_uncached_greedy(seed)
         conversations.extend(glue)
         for text, piece in zip(texts, glue):
             text += piece
-    assert len(lengths) > 3, "the rows must finish at different times for this test to mean anything"
+    assert len(lengths) > 3, (
+        "the rows must finish at different times for this test to mean anything"
+    )
 
 
 def test_a_fork_does_not_share_memory():
@@ -82,7 +84,9 @@ def test_a_fork_does_not_share_memory():
     fork.extend([[11], [12, 13, 14, 15], [11], [16]])
     fork.sample(8, STOPS, generator(), temperature=0)
     start.extend([[20], [21]])
-    for s, text in zip(start.sample(8, STOPS, generator(), temperature=0), ([1, 2, 4, 20], [7, 9, 21])):
+    for s, text in zip(
+        start.sample(8, STOPS, generator(), temperature=0), ([1, 2, 4, 20], [7, 9, 21])
+    ):
         assert s.ids == naive_greedy(model, text, 8, STOPS)
 
 
@@ -103,7 +107,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logps_are_those_of_the_sampled_distribution(temperature):
-    """Prevents: log-probs without the temperature, of the neighbouring token, or without the stop token."""
+    """Prevents: log-probs without the temperature, of another token, without the stop token."""
     model = random_model()
     prompts = random_prompts(8)
     conversations = Conversations(model, 8, 300)
@@ -120,7 +124,7 @@ def test_logps_are_those_of_the_sampled_distribution(temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_drawn_ids_follow_the_distribution(temperature):
-    """Chi-square against softmax(logits / T). Prevents: a forgotten temperature, an id that is off by one."""
+    """Chi-square against softmax(logits / T). Prevents: a forgotten temperature."""
     logits = torch.randn(20, generator=generator(3)) * 2
     logits[7] = -torch.inf  # must never be drawn
     n = 40_000
@@ -143,7 +147,9 @@ def test_top_k_and_top_p_keep_what_they_should():
     assert set(draw(logits, uniform, 1.0, top_p=0.49)[0].tolist()) == {0}
     ids, logps = draw(logits, uniform, 1.0, top_k=2)
     assert abs((ids == 0).float().mean() - 2 / 3) < 0.03
-    assert torch.allclose(logps, logits.gather(1, ids[:, None])[:, 0]), "log-probs stay those of the full distribution"
+    assert torch.allclose(logps, logits.gather(1, ids[:, None])[:, 0]), (
+        "log-probs stay those of the full distribution"
+    )
 
 
 def test_the_extremes_of_the_uniform_number_draw_possible_ids():

@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user meets them, on the embedded model: whole runs in seconds, and every refusal."""
+"""train.py and eval.py as a user meets them, on the embedded model: whole runs, every refusal."""
 
 import errno
 import json
@@ -18,7 +18,8 @@ import train
 from conftest import ROOT
 from rrr import Episode
 
-QUICK = "--steps 4 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 12 --save_every 2 --lr 1e-3".split()
+QUICK = "--steps 4 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 12".split()
+QUICK += ["--save_every", "2", "--lr", "1e-3"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def interrupt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("failures", ["pool", "online"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(failures, monkeypatch, capsys):
-    """Prevents: an optimizer, a schedule, a seed or a data position that is not in the checkpoint."""
+    """Prevents: an optimizer, a schedule, a seed or a data position missing in the checkpoint."""
     options = [*QUICK, "--failures", failures]
     train.main([*options, "--out", "whole"])
     assert "second try" in capsys.readouterr().out
@@ -91,11 +92,16 @@ def test_the_pool_is_reused_and_goes_on_where_it_was_cut(monkeypatch, capsys):
     [pool] = Path("runs/pools").glob("*.jsonl")
     whole = pool.read_text()
     assert "24 attempts" in capsys.readouterr().out
-    pool.write_text("".join(whole.splitlines(keepends=True)[:15])[:-40])  # cut within a line of the third batch
+    pool.write_text(
+        "".join(whole.splitlines(keepends=True)[:15])[:-40]
+    )  # cut within a line of the third batch
     train.main([*QUICK, "--steps", "1", "--sample_rows", "6", "--out", "b"])
     assert pool.read_text() == whole
     assert rows("a/pool.jsonl") == rows("b/pool.jsonl")
-    assert all(not Episode.from_json(line).attempt_verdict["ok"] for line in Path("a/pool.jsonl").read_text().splitlines())
+    assert all(
+        not Episode.from_json(line).attempt_verdict["ok"]
+        for line in Path("a/pool.jsonl").read_text().splitlines()
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,14 @@ def test_every_choice_of_the_method_runs_and_is_logged(options):
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0
         limit = 0.3 if "bfloat16" in options else 1e-3
         assert row["gap_max"] < limit, "sampler and trainer must agree on the log-probs"
-        assert abs(row["reward"] - sum(e["reward"] for e in rows("r/episodes.jsonl") if e["step"] == row["step"]) / 16) < 1e-6
+        assert (
+            abs(
+                row["reward"]
+                - sum(e["reward"] for e in rows("r/episodes.jsonl") if e["step"] == row["step"])
+                / 16
+            )
+            < 1e-6
+        )
 
 
 def test_every_metric_is_defined_in_the_readme():
@@ -177,7 +190,9 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_left(options, words, 
         assert word in said, said
     assert "Traceback" not in said
     assert Path("taken/mine.txt").read_text() == "precious"
-    left = {path.name for path in Path(".").iterdir()} | {path.name for path in Path(".").glob("runs/*")}
+    left = {path.name for path in Path(".").iterdir()} | {
+        path.name for path in Path(".").glob("runs/*")
+    }
     assert left <= {"bad.jsonl", "taken", "file", "runs", "pools"}, left
 
 
@@ -188,7 +203,11 @@ def test_cuda_without_a_gpu_is_refused(capsys):
 
 def test_resuming_with_another_option_names_it(capsys):
     train.main([*QUICK, "--steps", "1", "--out", "r"])
-    for option, value in (("--model", "smollm2-135m"), ("--task", "function_calling"), ("--lr", "0.5")):
+    for option, value in (
+        ("--model", "smollm2-135m"),
+        ("--task", "function_calling"),
+        ("--lr", "0.5"),
+    ):
         said = refusal(capsys, train.main, ["--resume", "r", option, value])
         assert option in said and value in said and "r was started with" in said
     train.main(["--resume", "r", "--lr", "1e-3"])  # the run's own value is no change
@@ -203,36 +222,41 @@ def test_a_full_disk_loses_nothing(monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
     said = refusal(capsys, train.main, ["--resume", "r"])
-    assert "disk is full" in said and not list(Path("r").glob("writing-*"))
+    assert "No space left" in said and not list(Path("r").glob("writing-*"))
     assert all(torch.equal(saved[name], w) for name, w in weights("r").items())
 
 
 def test_a_damaged_checkpoint_is_refused(capsys):
     train.main([*QUICK, "--steps", "1", "--out", "r"])
     shutil.copytree("r", "s")
-    for path, file in (("r", "optimizer.safetensors"), ("s", "model.safetensors")):
+    for path, file in (("r", "state.pt"), ("s", "model.safetensors")):
         target = Path(path) / "step-000001" / file
         target.write_bytes(target.read_bytes()[:1000])
-        assert file.split(".")[0][:5] in refusal(capsys, train.main, ["--resume", path]) or "damaged" in path
+        assert "damaged" in refusal(capsys, train.main, ["--resume", path])
 
 
 def test_updates_that_are_not_finite_are_skipped_and_ten_stop_the_run(monkeypatch, capsys):
     """Prevents: one bad batch that turns every weight into NaN."""
     original = train.trained_logps
     monkeypatch.setattr(train, "trained_logps", lambda *a: original(*a) * float("nan"))
-    said = refusal(capsys, train.main, [*QUICK, "--steps", "30", "--save_every", "100", "--out", "r"])
+    said = refusal(
+        capsys, train.main, [*QUICK, "--steps", "30", "--save_every", "100", "--out", "r"]
+    )
     assert "ten updates in a row" in said
     assert sum(row.get("skipped", 0) for row in rows("r/metrics.jsonl")) == 10
 
 
 def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
-    """And with bfloat16 weights at the paper's rate the masters move as float32 weights do. Prevents: weights that
-    are rounded back to where they were."""
+    """And with bfloat16 weights at the paper's rate the masters move as float32 weights do.
+    Prevents: weights that are rounded back to where they were."""
     torch.manual_seed(0)
     start = torch.randn(64, 64).bfloat16().float() * 0.02  # representable in both
-    ours32, theirs, ours16 = (torch.nn.Parameter(start.clone().to(t)) for t in (torch.float32, torch.float32, torch.bfloat16))
+    ours32, theirs, ours16 = (
+        torch.nn.Parameter(start.clone().to(t))
+        for t in (torch.float32, torch.float32, torch.bfloat16)
+    )
     lr = 5e-7
     a, c = (train.MasterAdamW([p], lr, 0.1) for p in (ours32, ours16))
     b = torch.optim.AdamW([theirs], lr=lr, weight_decay=0.1, betas=(0.9, 0.99))
@@ -260,10 +284,14 @@ def test_evaluation_with_controls_and_comparison(capsys):
     report = json.loads(Path("a/eval.json").read_text())["report"]
     assert set(report["controls"]) == set(evaluation.CONTROLS)
     first, second = report["first_try"]["rate"], report["second_try"]["rate"]
-    assert first <= second and all(control["rate"] >= first for control in report["controls"].values())
+    assert first <= second and all(
+        control["rate"] >= first for control in report["controls"].values()
+    )
     assert sum(report["first_errors"].values()) == round(40 * (1 - first))
     episodes = rows("a/eval_episodes.jsonl")
-    assert sum(e["attempt_verdict"]["ok"] or e["reward"] == 1 for e in episodes) == round(40 * second)
+    assert sum(e["attempt_verdict"]["ok"] or e["reward"] == 1 for e in episodes) == round(
+        40 * second
+    )
     for words in ("first try", "second try, no reflection", "missed target", "cut at its cap"):
         assert words in out
     evaluation.main(["--eval_n", "40", "--temperature", "0", "--out", "b"])
@@ -276,11 +304,16 @@ def test_intervals_are_wilsons():
     """Values of R's binom::binom.confint(method = "wilson")."""
     got = evaluation.interval(8, 20)
     assert (round(got["low"], 4), round(got["high"], 4)) == (0.2188, 0.6134)
-    assert evaluation.interval(0, 10)["low"] == 0 and round(evaluation.interval(0, 10)["high"], 4) == 0.2775
+    assert (
+        evaluation.interval(0, 10)["low"] == 0
+        and round(evaluation.interval(0, 10)["high"], 4) == 0.2775
+    )
 
 
 def test_the_schedule_rises_then_falls():
     config = train.Config(steps=100, lr=1.0, warmup_ratio=0.1)
     rates = [train.learning_rate(step, config) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[99] < 0.01
-    assert all(a <= b for a, b in zip(rates[:9], rates[1:10])) and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a <= b for a, b in zip(rates[:9], rates[1:10])) and all(
+        a >= b for a, b in zip(rates[10:], rates[11:])
+    )
