@@ -64,8 +64,8 @@ def profile(model: str, cuda: bool) -> dict:
     if small:
         limits = dict(attempt_tokens=48, reflection_tokens=144, retry_tokens=48, sample_rows=512)
         return limits | dict(difficulty="3x15", steps=60, lr=1e-4, pool_problems=1000)
-    if cuda:
-        return {}
+    if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
+        return dict(checkpointing=True, micro_batch_tokens=8192)
     limits = dict(attempt_tokens=128, reflection_tokens=96, retry_tokens=128, sample_rows=32)
     few = dict(steps=10, batch_size=4, group_size=4, pool_problems=32, eval_n=24, save_every=5)
     return limits | few | dict(micro_batch_tokens=2048)
