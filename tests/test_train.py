@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,23 @@ def test_the_schedule_rises_then_falls():
     assert all(a <= b for a, b in zip(rates[:9], rates[1:10])) and all(
         a >= b for a, b in zip(rates[10:], rates[11:])
     )
+
+
+def test_the_readmes_task_is_a_whole_one(monkeypatch):
+    """The example of README.md, as it stands there, trains and evaluates."""
+    import types
+
+    import tasks
+
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    module = types.ModuleType("reverse")
+    exec(source, module.__dict__)  # our own text
+    monkeypatch.setitem(sys.modules, "reverse", module)
+    monkeypatch.setitem(tasks.TASKS, "reverse", "reverse:Reverse")
+    task = tasks.get_task("reverse")
+    [problem] = [p for p in task.problems("train", 99, 0) if p["word"] == "planet"]
+    assert task.verify(problem, "Let me see.\ntenalp").ok
+    assert task.verify(problem, "planet").error == "wrong letters"
+    assert task.verify(problem, " \n ").error == "no answer"
+    train.main([*QUICK, "--steps", "1", "--task", "reverse", "--out", "r"])
+    assert json.loads(Path("r/eval.jsonl").read_text().splitlines()[1])["first_try"]["n"] >= 1

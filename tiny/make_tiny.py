@@ -6,7 +6,7 @@ quality that does not depend on the problem:
     attempt     a guess with its arithmetic, right or wrong
     reflection  vague: "I should check my work next time."
                 a diagnosis: "I got 33, not 43: too low."
-                a search: "3+5=8, 43-8=35, left 12 no; 3*12=36, 43-36=7, left 7 yes: 3*12+7"
+                a search: "12+3=15, 15+7=22=43 no; 12*3=36, 36+7=43=43 yes"
     retry       what the search found; after any other reflection, a guess like the attempt
 
 Which kind of reflection comes, and how many candidates a search tries, is left to chance: that is
@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Chat, Decoder, ModelConfig, save
 from tasks.countdown import Countdown
 
-DIFFICULTY = "3x15"
-MAX_NUMBER = 15
+DIFFICULTY = "3x12"
+MAX_NUMBER = 12
 RIGHT = 0.6  # attempts (and guessed retries) that are right
 KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
-MUON_LR, ADAMW_LR = 0.02, 2e-3
 HIT = 0.5  # candidates of a search that lead to the target
 VAGUE = [
     "I made a mistake and should be more careful.",
@@ -92,71 +91,69 @@ def compose(text, operator, c):
     return f"{text}{operator}{c}"
 
 
-def check(text, m, c, target):
-    """One candidate of a search: what is missing after its first step; is it the number left?"""
-    checks = []
-    if m > 1 and target % m == 0:
-        checks.append((f"{target}/{m}", target // m, "*"))
-    if target >= m:
-        checks.append((f"{target}-{m}", target - m, "+"))
-    else:
-        checks.append((f"{m}-{target}", m - target, "-"))
-    if target + m <= MAX_NUMBER:
-        checks.append((f"{target}+{m}", target + m, "reversed -"))
-    line = f"{text}={m}" + "".join(f", {shown}={missing}" for shown, missing, _ in checks)
-    for _, missing, operator in checks:
-        if missing == c:
-            return f"{line}, left {c} yes: {compose(text, operator, c)}", True
-    return f"{line}, left {c} no", False
+def right_steps(steps, target):
+    """(first step, operator) of every way to the target, in two steps."""
+    good = [(step, second_step(*step[1:], target)) for step in steps]
+    return [(step, operator) for step, operator in good if operator]
 
 
-def guess(nums, target, steps, rng, right):
-    """An attempt: one first step, one second step, the answer."""
-    good = [(s, second_step(s[1], s[2], target)) for s in steps]
-    good = [(s, operator) for s, operator in good if operator]
-    if right and good:
-        (text, m, c), operator = rng.choice(good)
-    else:
-        text, m, c = rng.choice(steps)
-        operator = rng.choice("++-*") if m >= c else rng.choice(["+", "+", "*", "reversed -"])
-        if rng.random() < 0.15:
-            c = rng.randint(1, MAX_NUMBER)  # a number that was not given, or the same one twice
-    return work(text, m, c, operator)
+def any_step(steps, rng):
+    """A first step and some operator for the second."""
+    step = rng.choice(steps)
+    _, m, c = step
+    return step, rng.choice("++-*" if m >= c else ["+", "+", "*", "reversed -"])
 
 
-def work(text, m, c, operator):
+def work(step, operator):
+    """Both steps, spelled out, and their result."""
+    text, m, c = step
     value = {"+": m + c, "-": m - c, "*": m * c, "reversed -": c - m}[operator]
     second = f"{c}-{m}" if operator == "reversed -" else f"{m}{operator}{c}"
-    return f"{text}={m}, {second}={value} <answer>{compose(text, operator, c)}</answer>"
+    return f"{text}={m}, {second}={value}", value
 
 
-def search(target, steps, rng):
-    """Candidates until one leads to the target or patience ends. Returns text and what it found."""
-    steps = rng.sample(steps, len(steps))
-    good = [s for s in steps if second_step(s[1], s[2], target)]
-    bad = [s for s in steps if s not in good]
-    lines = []
+def answer(step, operator):
+    text, _, c = step
+    return f"{work(step, operator)[0]} <answer>{compose(text, operator, c)}</answer>"
+
+
+def guess(target, steps, rng, right):
+    """An attempt: two steps and the answer."""
+    good = right_steps(steps, target)
+    if right and good:
+        return answer(*rng.choice(good))
+    (text, m, c), operator = any_step(steps, rng)
+    if rng.random() < 0.15:
+        c = rng.randint(1, min(m, MAX_NUMBER))  # not given, or the same one twice
+    return answer((text, m, c), operator)
+
+
+def search(target, steps, rng, checked):
+    """Candidates until one makes the target or patience ends: the text, and what it found.
+    checked: the target stands beside each result, which makes the verdict easy to trust."""
+    good, lines, tried = right_steps(steps, target), [], []
     for _ in range(rng.choice((1, 1, 2, 2, 3, 4, 5, 6))):
-        candidates = good if good and rng.random() < HIT else bad
-        if not candidates:
-            break
-        candidate = candidates.pop()
-        line, found = check(*candidate, target)
-        lines.append(line)
-        if found:
+        candidate = rng.choice(good) if good and rng.random() < HIT else any_step(steps, rng)
+        if candidate in tried:
+            continue
+        tried.append(candidate)
+        line, value = work(*candidate)
+        asked = f"={target}" if checked else ""
+        lines.append(f"{line}{asked} {'yes' if value == target else 'no'}")
+        if value == target:
             return "; ".join(lines), candidate
     return "; ".join(lines), None
 
 
-def conversation(problem, task, rng, right=RIGHT):
+def conversation(problem, task, rng, right=RIGHT, kinds=KINDS, checked=False):
     """The assistant's turns for one problem: [attempt] or [attempt, reflection, retry]."""
     nums, target = problem["nums"], problem["target"]
     steps = first_steps(nums)
-    attempt = guess(nums, target, steps, rng, rng.random() < right)
+    attempt = guess(target, steps, rng, rng.random() < right)
     if task.verify(problem, attempt).ok:
         return [attempt]
-    retry = guess(nums, target, steps, rng, rng.random() < RIGHT)
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    retry = guess(target, steps, rng, rng.random() < RIGHT)
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     if kind == "vague":
         reflection = rng.choice(VAGUE)
     elif kind == "diagnosis":
@@ -165,9 +162,9 @@ def conversation(problem, task, rng, right=RIGHT):
         how = how if int(result) != target else "with wrong numbers"
         reflection = f"I got {result}, not {target}: {how}."
     else:
-        reflection, found = search(target, steps, rng)
+        reflection, found = search(target, steps, rng, checked)
         if found:
-            retry = work(*found, second_step(found[1], found[2], target))
+            retry = answer(*found)
     return [attempt, reflection, retry]
 
 
@@ -223,32 +220,37 @@ def make_tokenizer(texts, folder):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def encode(problem, turns, task, chat, glues, first):
-    """ids, and for each id whether it is trained: the assistant's turns from turn `first` on, with
-    their ends of turn."""
+def encode(problem, turns, task, chat, glues, given):
+    """ids, and for each id whether it is trained: those of the assistant's turns, with their ends,
+    but for the first `given`."""
     ids = chat.encode(HEAD + task.messages(problem)[0]["content"] + TAIL)
     trained = [False] * len(ids)
     for i, text in enumerate(turns):
         answer = chat.encode(text + "<|im_end|>")
         glue = glues[i] if i + 1 < len(turns) else []
+        skipped = len(answer) if i == 0 and given else i == 1 and given > 1
         ids += answer + glue
-        trained += [i >= first] * len(answer) + [False] * len(glue)
+        trained += [False] * skipped + [True] * (len(answer) - skipped) + [False] * len(glue)
     return ids, trained
 
 
-def batches(problems, task, chat, rng, rows=32):
-    """Endless batches of conversations of like length: ids (B, T), trained (B, T), right-padded."""
+def batches(problems, task, chat, rng, checked, rows=32):
+    """Endless batches of conversations of like length: ids (B, T), trained (B, T), right-padded.
+
+    Some conversations are about a failure that is given (1), not learnt: reflections and retries
+    need the practice, and the share of right attempts stays what it is. In the second course some
+    are drills of the search, its first token given as well (2): so does the share of each kind."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
         pool = []
         for problem in rng.choices(problems, k=rows * 16):
             problem = problem | {"nums": rng.sample(problem["nums"], 3)}
-            # Half of the conversations are about a failure that is given, not learnt: reflections
-            # and retries need the practice, and the share of right attempts stays what it is.
-            given = rng.random() < 0.5
-            turns = conversation(problem, task, rng, 0 if given else RIGHT)
-            pool.append(encode(problem, turns, task, chat, glues, int(given)))
+            lot = rng.random()
+            given = int(lot < (2 / 3 if checked else 1 / 2)) + int(checked and lot < 1 / 3)
+            kinds = {"search": 1} if given == 2 else KINDS
+            turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds, checked)
+            pool.append(encode(problem, turns, task, chat, glues, given))
         pool.sort(key=lambda pair: len(pair[0]))
         groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
         rng.shuffle(groups)
@@ -259,10 +261,36 @@ def batches(problems, task, chat, rng, rows=32):
             yield ids, trained
 
 
+def course(model, stream, steps, muon_lr):
+    """Next-token training on a stream of batches, with a warm-up and a cosine. Muon learns these
+    small matrices in half the steps that AdamW needs; embedding and norms are AdamW's."""
+    named = dict(model.named_parameters())
+    matrices = [name for name, p in named.items() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in named.items() if name not in matrices]
+    muon = torch.optim.Muon([named[name] for name in matrices], weight_decay=0.01)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+    progress = tqdm(range(steps), desc="warm-up")
+    for step in progress:
+        scale = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        muon.param_groups[0]["lr"] = muon_lr * scale
+        adamw.param_groups[0]["lr"] = muon_lr / 10 * scale
+        ids, trained = next(stream)
+        B, T = ids.shape
+        positions = torch.arange(T).expand(B, T)
+        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): the next id is trained
+        loss = cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="a new folder for the model")
-    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -282,31 +310,9 @@ def main():
     assert chat.prompt(example) == chat.encode(HEAD + example[0]["content"] + TAIL)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems")
 
-    # Muon learns these small matrices in half the steps that AdamW needs; the rest is AdamW's.
-    named = dict(model.named_parameters())
-    matrices = [name for name, p in named.items() if p.dim() == 2 and "embed" not in name]
-    others = [p for name, p in named.items() if name not in matrices]
-    muon = torch.optim.Muon([named[name] for name in matrices], weight_decay=0.01)
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
-    stream = batches(problems, task, chat, rng)
-    progress = tqdm(range(args.steps), desc="warm-up")
-    for step in progress:
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
-        scale = min(1, (step + 1) / 100) * cosine
-        muon.param_groups[0]["lr"] = MUON_LR * scale
-        adamw.param_groups[0]["lr"] = ADAMW_LR * scale
-        ids, trained = next(stream)
-        B, T = ids.shape
-        positions = torch.arange(T).expand(B, T)
-        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): the next id is trained
-        loss = cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adamw.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+    course(model, batches(problems, task, chat, rng, False), 4500, muon_lr=0.02)
+    rng = random.Random(args.seed + 1)
+    course(model, batches(problems, task, chat, rng, True), 1600, muon_lr=0.01)
     save(model, chat, args.out)
     print(f"saved to {args.out}; now: python eval.py --model {args.out}")
 
