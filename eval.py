@@ -33,7 +33,7 @@ class Common(Sampling):
     model: str = "tiny"  # tiny, a name such as qwen2.5-1.5b, a hub id owner/name, a folder, a run
     task: str = "countdown"  # countdown or function_calling
     data: str | None = None  # problems from a .json, .jsonl or .parquet file, or owner/name:path
-    difficulty: str | None = None  # of generated problems; countdown's 3x12: 3 numbers up to 20
+    difficulty: str | None = None  # of generated problems; countdown's 3x12: 3 numbers up to 12
     device: str = "auto"  # cpu or cuda; auto takes a GPU where there is one
     dtype: str = "auto"  # float32 or bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
     context: int | None = None  # tokens of a whole conversation (default: the model's, up to 4096)
@@ -63,7 +63,7 @@ def profile(model: str, cuda: bool) -> dict:
             pass  # load() will say what is wrong with it
     if small:
         limits = dict(attempt_tokens=48, reflection_tokens=144, retry_tokens=48, sample_rows=512)
-        return limits | dict(difficulty="3x12", steps=60, lr=1e-4, pool_problems=1000)
+        return limits | dict(difficulty="3x12", steps=45, lr=3e-4, pool_problems=2000)
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
         return dict(checkpointing=True, micro_batch_tokens=8192)
     limits = dict(attempt_tokens=128, reflection_tokens=96, retry_tokens=128, sample_rows=32)

@@ -163,7 +163,7 @@ def test_every_option_has_a_help_line(capsys):
         ("--data absent.json", ["absent.json"]),
         ("--data bad.jsonl", ["bad.jsonl", "line 2", "target"]),
         ("--difficulty hard", ["hard", "3x12"]),
-        ("--failures pools", ["--failures", "pool, online"]),
+        ("--failures pools", ["--failures", "pool or online"]),
         ("--train_on retry", ["--train_on", "reflection+retry"]),
         ("--loss_norm mean", ["--loss_norm", "sequence"]),
         ("--group_size 1", ["--group_size"]),
@@ -245,7 +245,7 @@ def test_updates_that_are_not_finite_are_skipped_and_ten_stop_the_run(monkeypatc
     said = refusal(
         capsys, train.main, [*QUICK, "--steps", "30", "--save_every", "100", "--out", "r"]
     )
-    assert "ten updates in a row" in said
+    assert "ten steps in a row" in said
     assert sum(row.get("skipped", 0) for row in rows("r/metrics.jsonl")) == 10
 
 
@@ -253,7 +253,7 @@ def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
     """And with bfloat16 weights at the paper's rate the masters move as float32 weights do.
     Prevents: weights that are rounded back to where they were."""
     torch.manual_seed(0)
-    start = torch.randn(64, 64).bfloat16().float() * 0.02  # representable in both
+    start = (torch.randn(64, 64) * 0.02).bfloat16().float()  # representable in both
     ours32, theirs, ours16 = (
         torch.nn.Parameter(start.clone().to(t))
         for t in (torch.float32, torch.float32, torch.bfloat16)
