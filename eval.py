@@ -62,7 +62,7 @@ def profile(model: str, cuda: bool) -> dict:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # load() will say what is wrong with it
     if small:
-        limits = dict(attempt_tokens=48, reflection_tokens=144, retry_tokens=48, sample_rows=512)
+        limits = dict(attempt_tokens=48, reflection_tokens=160, retry_tokens=48, sample_rows=512)
         return limits | dict(difficulty="3x12", steps=45, lr=3e-4, pool_problems=2000)
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
         return dict(checkpointing=True, micro_batch_tokens=8192)

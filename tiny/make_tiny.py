@@ -6,7 +6,7 @@ quality that does not depend on the problem:
     attempt     a guess with its arithmetic, right or wrong
     reflection  vague: "I should check my work next time."
                 a diagnosis: "I got 33, not 43: too low."
-                a search: "12+3=15, 15+7=22=43 no; 12*3=36, 36+7=43=43 yes"
+                a search: "12+3=15, 15+7=22=43? no; 12*3=36, 36+7=43=43? yes"
     retry       what the search found; after any other reflection, a guess like the attempt
 
 Which kind of reflection comes, and how many candidates a search tries, is left to chance: that is
@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -27,15 +28,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent  # config.json and its like beside are written by hand
+sys.path.insert(0, str(HERE.parent))
 
 from model import Chat, Decoder, ModelConfig, save
 from tasks.countdown import Countdown
 
-DIFFICULTY = "3x12"
-MAX_NUMBER = 12
+MAX_NUMBER = 15
+LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
 RIGHT = 0.6  # attempts (and guessed retries) that are right
 KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
+STEPS = 7000
+VERDICT = 8  # times that a verdict counts in the loss: one token a candidate, and all hangs on it
 HIT = 0.5  # candidates of a search that lead to the target
 VAGUE = [
     "I made a mistake and should be more careful.",
@@ -45,126 +49,83 @@ VAGUE = [
     "I need to look at the problem again and do better.",
 ]
 PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # around a prompt
 
 
-def first_steps(nums):
-    """Every first step a op b = m with the number c that is left over: [(text, m, c)]."""
-    steps = {}
+def operations(a, b):
+    """(operator, result) of a and b, a >= b: whole, positive and not too large."""
+    results = [("+", a + b), ("-", a - b), ("*", a * b)]
+    if b > 1 and a % b == 0:
+        results.append(("/", a // b))
+    return [(operator, result) for operator, result in results if 0 < result <= LARGEST]
+
+
+def ways(nums):
+    """Every way to use three numbers in two steps: [(working, expression, result)]."""
+    found = {}
     for i, j in ((0, 1), (0, 2), (1, 2)):
-        a, b = max(nums[i], nums[j]), min(nums[i], nums[j])
-        c = nums[3 - i - j]
-        results = [("+", a + b), ("*", a * b), ("-", a - b)]
-        if b > 1 and a % b == 0:
-            results.append(("/", a // b))
-        for operator, m in results:
-            if 0 < m < 120:
-                steps[f"{a}{operator}{b}", m, c] = None
-    return list(steps)
+        a, b, c = max(nums[i], nums[j]), min(nums[i], nums[j]), nums[3 - i - j]
+        for first, m in operations(a, b):
+            for second, result in operations(max(m, c), min(m, c)):
+                inner = f"{a}{first}{b}"
+                if second in "*/" and first in "+-" or second in "-/" and m < c:
+                    inner = f"({inner})"
+                step = f"{m}{second}{c}" if m >= c else f"{c}{second}{m}"
+                whole = f"{inner}{second}{c}" if m >= c else f"{c}{second}{inner}"
+                found[f"{a}{first}{b}={m}, {step}={result}", whole, result] = None
+    return list(found)
 
 
-def second_step(m, c, target):
-    """The operator that makes the target of m and c, or None."""
-    if m + c == target:
-        return "+"
-    if m - c == target:
-        return "-"
-    if m * c == target:
-        return "*"
-    if c - m == target:
-        return "reversed -"
-    return None
+def pick(some, target, rng, share):
+    """One of the ways; a right one, if there is any, in this share of cases."""
+    right = [way for way in some if way[2] == target]
+    return rng.choice(right if right and rng.random() < share else some)
 
 
-def compose(text, operator, c):
-    """The whole expression, with the parentheses that it needs."""
-    if operator == "reversed -":
-        return f"{c}-({text})"
-    if operator == "*" and ("+" in text or "-" in text):
-        return f"({text})*{c}"
-    return f"{text}{operator}{c}"
+def answer(way):
+    working, expression, _ = way
+    return f"{working} <answer>{expression}</answer>"
 
 
-def right_steps(steps, target):
-    """(first step, operator) of every way to the target, in two steps."""
-    good = [(step, second_step(*step[1:], target)) for step in steps]
-    return [(step, operator) for step, operator in good if operator]
+def guess(nums, target, rng, right):
+    """An attempt: a way and its answer. Some of the wrong ones use a number that was not given."""
+    slip = rng.random() < 0.15 * (1 - right)
+    nums = [*nums[:2], rng.randint(1, MAX_NUMBER)] if slip else nums
+    return pick(ways(nums), target, rng, 0 if slip else right)
 
 
-def any_step(steps, rng):
-    """A first step and some operator for the second."""
-    step = rng.choice(steps)
-    _, m, c = step
-    return step, rng.choice("++-*" if m >= c else ["+", "+", "*", "reversed -"])
-
-
-def work(step, operator):
-    """Both steps, spelled out, and their result."""
-    text, m, c = step
-    value = {"+": m + c, "-": m - c, "*": m * c, "reversed -": c - m}[operator]
-    second = f"{c}-{m}" if operator == "reversed -" else f"{m}{operator}{c}"
-    return f"{text}={m}, {second}={value}", value
-
-
-def answer(step, operator):
-    text, _, c = step
-    return f"{work(step, operator)[0]} <answer>{compose(text, operator, c)}</answer>"
-
-
-def guess(target, steps, rng, right):
-    """An attempt: two steps and the answer."""
-    good = right_steps(steps, target)
-    if right and good:
-        return answer(*rng.choice(good))
-    (text, m, c), operator = any_step(steps, rng)
-    if rng.random() < 0.15:
-        c = rng.randint(1, min(m, MAX_NUMBER))  # not given, or the same one twice
-    return answer((text, m, c), operator)
-
-
-def search(target, steps, rng, checked):
-    """Candidates until one makes the target or patience ends: the text, and what it found.
-    checked: the target stands beside each result, which makes the verdict easy to trust."""
-    good, lines, tried = right_steps(steps, target), [], []
-    for _ in range(rng.choice((1, 1, 2, 2, 3, 4, 5, 6))):
-        candidate = rng.choice(good) if good and rng.random() < HIT else any_step(steps, rng)
-        if candidate in tried:
-            continue
-        tried.append(candidate)
-        line, value = work(*candidate)
-        asked = f"={target}" if checked else ""
-        lines.append(f"{line}{asked} {'yes' if value == target else 'no'}")
-        if value == target:
-            return "; ".join(lines), candidate
+def search(nums, target, rng):
+    """Candidates until one makes the target or patience ends: the text, and what it found. The
+    target stands beside each result, which makes the verdict easy to trust."""
+    some, lines = ways(nums), []
+    for _ in range(min(len(some), rng.choice((1, 1, 2, 2, 3, 4, 6, 8)))):
+        way = pick(some, target, rng, HIT)
+        some.remove(way)
+        lines.append(f"{way[0]}={target}? {'yes' if way[2] == target else 'no'}")
+        if way[2] == target:
+            return "; ".join(lines), way
     return "; ".join(lines), None
 
 
-def conversation(problem, task, rng, right=RIGHT, kinds=KINDS, checked=False):
+def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
     """The assistant's turns for one problem: [attempt] or [attempt, reflection, retry]."""
     nums, target = problem["nums"], problem["target"]
-    steps = first_steps(nums)
-    attempt = guess(target, steps, rng, rng.random() < right)
-    if task.verify(problem, attempt).ok:
-        return [attempt]
-    retry = guess(target, steps, rng, rng.random() < RIGHT)
+    attempt = guess(nums, target, rng, right)
+    if task.verify(problem, answer(attempt)).ok:
+        return [answer(attempt)]
+    retry = guess(nums, target, rng, RIGHT)
     kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    result = attempt[2]
     if kind == "vague":
         reflection = rng.choice(VAGUE)
     elif kind == "diagnosis":
-        result = attempt.split(" <")[0].split("=")[-1]
-        how = "too low" if int(result) < target else "too high"
-        how = how if int(result) != target else "with wrong numbers"
+        how = "too low" if result < target else "too high"
+        how = "with wrong numbers" if result == target else how
         reflection = f"I got {result}, not {target}: {how}."
     else:
-        reflection, found = search(target, steps, rng, checked)
-        if found:
-            retry = answer(*found)
-    return [attempt, reflection, retry]
+        reflection, found = search(nums, target, rng)
+        retry = found or retry
+    return [answer(attempt), reflection, answer(retry)]
 
 
 def make_tokenizer(texts, folder):
@@ -186,37 +147,9 @@ def make_tokenizer(texts, folder):
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|im_end|>")
-    files = {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "model_max_length": 4096,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": TEMPLATE,
-        },
-        "generation_config.json": {"eos_token_id": end, "pad_token_id": 0},
-        "config.json": {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "vocab_size": tokenizer.get_vocab_size(),
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": True,
-            "eos_token_id": end,
-            "torch_dtype": "float32",
-        },
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        shutil.copy(HERE / name, folder)
+    return tokenizer.get_vocab_size()
 
 
 def encode(problem, turns, task, chat, glues, given):
@@ -233,22 +166,21 @@ def encode(problem, turns, task, chat, glues, given):
     return ids, trained
 
 
-def batches(problems, task, chat, rng, checked, rows=32):
+def batches(problems, task, chat, rng, rows=32):
     """Endless batches of conversations of like length: ids (B, T), trained (B, T), right-padded.
 
-    Some conversations are about a failure that is given (1), not learnt: reflections and retries
-    need the practice, and the share of right attempts stays what it is. In the second course some
-    are drills of the search, its first token given as well (2): so does the share of each kind."""
+    A third of the conversations are about a failure that is given (1), not learnt: reflections and
+    retries need the practice, and the share of right attempts stays what it is. Another third are
+    drills of the search, its first token given as well (2): so does the share of each kind."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
         pool = []
         for problem in rng.choices(problems, k=rows * 16):
             problem = problem | {"nums": rng.sample(problem["nums"], 3)}
-            lot = rng.random()
-            given = int(lot < (2 / 3 if checked else 1 / 2)) + int(checked and lot < 1 / 3)
+            given = rng.randrange(3)
             kinds = {"search": 1} if given == 2 else KINDS
-            turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds, checked)
+            turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds)
             pool.append(encode(problem, turns, task, chat, glues, given))
         pool.sort(key=lambda pair: len(pair[0]))
         groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
@@ -260,7 +192,7 @@ def batches(problems, task, chat, rng, checked, rows=32):
             yield ids, trained
 
 
-def course(model, stream, steps, muon_lr):
+def warm_up(model, chat, stream, steps, muon_lr=0.02):
     """Next-token training on a stream of batches, with a warm-up and a cosine. Muon learns these
     small matrices in half the steps that AdamW needs; embedding and norms are AdamW's."""
     named = dict(model.named_parameters())
@@ -268,6 +200,7 @@ def course(model, stream, steps, muon_lr):
     others = [p for name, p in named.items() if name not in matrices]
     muon = torch.optim.Muon([named[name] for name in matrices], weight_decay=0.01)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+    verdicts = torch.tensor([chat.encode(f"?{word}")[1] for word in (" yes", " no", " no; ")])
     progress = tqdm(range(steps), desc="warm-up")
     for step in progress:
         scale = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -277,7 +210,10 @@ def course(model, stream, steps, muon_lr):
         B, T = ids.shape
         positions = torch.arange(T).expand(B, T)
         hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C): the next id is trained
-        loss = cross_entropy(model.logits(hidden), ids[:, 1:][trained[:, 1:]])
+        targets = ids[:, 1:][trained[:, 1:]]  # (N,)
+        weights = 1 + (VERDICT - 1) * torch.isin(targets, verdicts)  # (N,)
+        losses = cross_entropy(model.logits(hidden), targets, reduction="none")  # (N,)
+        loss = (weights * losses).sum() / weights.sum()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -294,24 +230,23 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    task = Countdown(difficulty=DIFFICULTY)
+    task = Countdown(difficulty=f"3x{MAX_NUMBER}")
     problems = task.problems("train", 10**6, seed=0)
     build = Path(tempfile.mkdtemp())
     texts = []
     for problem in problems:
         turns = conversation(problem, task, rng) + [task.reflect, task.retry]
         texts += [HEAD + task.messages(problem)[0]["content"] + TAIL, *turns]
-    make_tokenizer(texts, build)
+    vocab_size = make_tokenizer(texts, build)
     chat = Chat(build)
-    model = Decoder(ModelConfig.from_dict(json.loads((build / "config.json").read_text())))
+    config = json.loads((build / "config.json").read_text()) | {"vocab_size": vocab_size}
+    model = Decoder(ModelConfig.from_dict(config))
     model.set_context(1024)  # of the conversations here
     example = task.messages(problems[0])
     assert chat.prompt(example) == chat.encode(HEAD + example[0]["content"] + TAIL)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(problems):,} problems")
 
-    course(model, batches(problems, task, chat, rng, False), 4500, muon_lr=0.02)
-    rng = random.Random(args.seed + 1)
-    course(model, batches(problems, task, chat, rng, True), 1600, muon_lr=0.01)
+    warm_up(model, chat, batches(problems, task, chat, rng), STEPS)
     save(model, chat, args.out)
     print(f"saved to {args.out}; now: python eval.py --model {args.out}")
 
