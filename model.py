@@ -20,7 +20,7 @@ import jinja2.ext
 import jinja2.sandbox
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import constants, errors, save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -67,12 +67,30 @@ def explain(sentence: str, *errors: type[Exception]):
 
 def hub_download(repo: str, patterns: list[str], repo_type: str = "model") -> Path:
     """The local folder with those files of a Hugging Face repository that match one of `patterns`.
-    Shows progress, resumes, caches; honours HF_ENDPOINT and HF_TOKEN; offline, the cache serves.
-    UserError: no network, gated or unknown repository."""
-    hint = f"the {repo_type} {repo} could not be downloaded: check its spelling, the network and "
-    hint += "the disk; if gated or private, accept its terms on huggingface.co and set HF_TOKEN"
-    with explain(hint, Exception):  # its own errors, and those of whichever HTTP library it uses
+    Shows progress, keeps complete files in a cache, which serves offline, and honours HF_ENDPOINT
+    and HF_TOKEN. UserError, with what to do about it, for all that can go wrong."""
+    try:
         return Path(snapshot_download(repo, repo_type=repo_type, allow_patterns=patterns))
+    except Exception as error:  # its own, and those of whichever HTTP library it uses
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            error = error.__cause__ or error  # not in the cache either: why not from the hub?
+        hub, status = constants.ENDPOINT, getattr(getattr(error, "response", 0), "status_code", 0)
+        kind, page = ("file", "datasets/" + repo) if repo_type == "dataset" else ("folder", repo)
+        reason = getattr(error, "server_message", None) or str(error)
+        if isinstance(error, errors.GatedRepoError):
+            hint = f"is gated: accept its terms on https://huggingface.co/{page} and set HF_TOKEN"
+        elif isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+            hint = f"is not on {hub}: check the spelling; if it is private, set HF_TOKEN"
+        elif status in (401, 403):
+            hint = f"is refused by {hub}: check that HF_TOKEN is valid and may read it"
+        elif isinstance(error, OSError) and error.errno:
+            hint = f"cannot be kept in {constants.HF_HUB_CACHE}: check its disk, or set HF_HOME"
+        else:
+            hint = f"could not be fetched from {hub} and is not in the cache: check the network, "
+            hint += f"HF_ENDPOINT and HF_HUB_OFFLINE, or pass a local {kind} instead"
+            reason = str(error)  # names the file, too
+        reason = f"{type(error).__name__}: {' '.join(reason.split())[:300].rstrip('.')}"  # one line
+        raise UserError(f"the {repo_type} {repo} {hint} ({reason}).") from None
 
 
 def resolve(name: str) -> Path:
@@ -191,12 +209,13 @@ def rope_tables(config: ModelConfig, n: int) -> tuple[torch.Tensor, torch.Tensor
     return angles.cos() * scale, angles.sin() * scale
 
 
-def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Plain attention within each row: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
-    Keys are repeated, since enable_gqa falls to a slow path for some devices and dtypes."""
+def attention(layer: int, q, k, v, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention within each row: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D). A query
+    sees itself and what is before it, or as `visible` (B, 1, T, T) says. Keys are repeated, since
+    enable_gqa falls to a slow path for some devices and dtypes."""
     group = q.shape[1] // k.shape[1]  # query heads that share a key head are neighbours
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -295,7 +314,7 @@ class Decoder(nn.Module):
         self.cos, self.sin = (table.to(device) for table in rope_tables(self.config, n))  # (n, D)
         self.context = n
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend=causal) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attend=attention) -> torch.Tensor:
         """ids and positions (B, T) int64, positions < context -> hidden (B, T, C), normalised.
         attend(layer, q, k, v): q (B, H, T, D), k and v (B, KV, T, D), after rope -> as q."""
         x = self.model.embed_tokens(ids)  # (B, T, C)

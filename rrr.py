@@ -25,13 +25,13 @@ Where this differs from the paper, or the paper is silent:
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from model import Chat, Decoder, UserError, causal
+from model import Chat, Decoder, UserError, attention
 from sampler import Conversations
 
 HEAD_CHUNK = 2048  # positions that meet the vocabulary at a time: the largest tensor there is
@@ -218,22 +218,26 @@ def assign_advantages(episodes: list[Episode], scale: bool = True) -> None:
 
 @dataclass
 class Batch:
-    """N groups of G episodes, for the shared-prefix pass. Already shifted: `targets` are the ids
-    that the positions of `suffix` predict. For a prefix "a b c", reflections "x y." and "z."
-    (N = 1, G = 2, R = 3; 0 is padding):
+    """N groups, one a line: the shared prefix, then the G episodes' own ids, end to end. Segment 0
+    is the prefix, g the g-th episode, which goes on from the prefix's last id; -1 is padding.
+    Already shifted: `targets` are the ids that the positions predict. For a prefix "a b c" and
+    reflections "x y." and "z.":
 
-        prefix   a b          suffix  c x y     targets  x y .     mask  1 1 1
-                                      c z 0              z . 0           1 1 0
+        ids        a b   c x y   c z
+        segments   0 0   1 1 1   2 2
+        positions  0 1   2 3 4   2 3
+        targets    - -   x y .   z .
+        mask       0 0   1 1 1   1 1
     """
 
-    prefix: Tensor  # (N, P) int64, right-padded: what the G episodes share, but for its last id
-    prefix_lengths: Tensor  # (N,) int64
-    suffix: Tensor  # (N, G, R) int64, right-padded: that last id, then its own but the last
-    targets: Tensor  # (N, G, R) int64
-    mask: Tensor  # (N, G, R) bool: the trained tokens are exactly these
-    weights: Tensor  # (N, G, R) float32: mask / denominator
-    sampled_logps: Tensor  # (N, G, R) float32: the sampler's, for comparison
-    advantages: Tensor  # (N, G, 1) float32
+    ids: Tensor  # (N, T) int64
+    segments: Tensor  # (N, T) int64
+    positions: Tensor  # (N, T) int64
+    targets: Tensor  # (N, T) int64
+    mask: Tensor  # (N, T) bool: the trained tokens are exactly these
+    weights: Tensor  # (N, T) float32: mask / denominator
+    sampled_logps: Tensor  # (N, T) float32: the sampler's, for comparison
+    advantages: Tensor  # (N, T) float32
 
     def to(self, device) -> "Batch":
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -282,44 +286,35 @@ def make_batches(
     sizes = [sum(mask) for group in groups for *_, mask, _ in group]  # by episode
     total, count = sum(sizes), len(sizes)
 
-    def denominator(mask):
-        per_sequence = {"sequence": sum(mask) * count, "constant": constant * count}
-        return per_sequence.get(loss_norm, total)
-
-    def shape(some):  # P and R of a micro-batch
-        longest = max(len(row[2]) for group in some for row in group)
-        return max(len(group[0][1]) for group in some) - 1, longest
+    def line(group):
+        _, prefix, *_ = group[0]
+        P = len(prefix) - 1
+        columns = [prefix[:P], [0] * P, list(range(P)), [0] * P, [False] * P]
+        columns += [[0.0] * P, [0.0] * P, [0.0] * P]  # in the order of Batch's fields
+        for g, (episode, prefix, ids, mask, logps) in enumerate(group, start=1):
+            n = len(ids)
+            per_sequence = {"sequence": sum(mask) * count, "constant": constant * count}
+            denominator = per_sequence.get(loss_norm, total)
+            own = [prefix[P:] + ids[:-1], [g] * n, list(range(P, P + n)), ids, mask]
+            own += [[trained / denominator for trained in mask], logps, [episode.advantage] * n]
+            columns = [column + more for column, more in zip(columns, own)]
+        return columns
 
     # Longest first: like lengths together, and what exceeds the memory does so at once.
-    groups.sort(key=lambda group: sum(shape([group])), reverse=True)
-    cuts, batches = [], []
-    for group in groups:
-        P, R = shape([*cuts[-1], group]) if cuts else (0, 0)
-        if cuts and (len(cuts[-1]) + 1) * (P + len(group) * R) <= max_tokens:
-            cuts[-1].append(group)
+    lines = sorted(map(line, groups), key=lambda columns: len(columns[0]), reverse=True)
+    cuts = []
+    for columns in lines:
+        if cuts and (len(cuts[-1]) + 1) * len(cuts[-1][0][0]) <= max_tokens:
+            cuts[-1].append(columns)
         else:
-            cuts.append([group])
+            cuts.append([columns])
+    batches = []
     for some in cuts:
-        (P, R), N, G = shape(some), len(some), len(some[0])
-        batch = Batch(
-            prefix=torch.zeros(N, P, dtype=torch.long),
-            prefix_lengths=torch.tensor([len(group[0][1]) - 1 for group in some]),
-            suffix=torch.zeros(N, G, R, dtype=torch.long),
-            targets=torch.zeros(N, G, R, dtype=torch.long),
-            mask=torch.zeros(N, G, R, dtype=torch.bool),
-            weights=torch.zeros(N, G, R),
-            sampled_logps=torch.zeros(N, G, R),
-            advantages=torch.tensor([[[row[0].advantage] for row in group] for group in some]),
-        )
-        for n, group in enumerate(some):
-            batch.prefix[n, : batch.prefix_lengths[n]] = torch.tensor(group[0][1][:-1])
-            for g, (_, prefix, ids, mask, logps) in enumerate(group):
-                batch.suffix[n, g, : len(ids)] = torch.tensor(prefix[-1:] + ids[:-1])
-                batch.targets[n, g, : len(ids)] = torch.tensor(ids)
-                batch.mask[n, g, : len(ids)] = torch.tensor(mask)
-                batch.weights[n, g, : len(ids)] = torch.tensor(mask) / denominator(mask)
-                batch.sampled_logps[n, g, : len(ids)] = torch.tensor(logps)
-        batches.append(batch)
+        T = len(some[0][0])
+        padded = []
+        for column, padding in zip(zip(*some), (0, -1, 0, 0, False, 0.0, 0.0, 0.0)):
+            padded.append(torch.tensor([row + [padding] * (T - len(row)) for row in column]))
+        batches.append(Batch(*padded))
     return batches
 
 
@@ -327,46 +322,17 @@ def make_batches(
 
 
 def shared_prefix(batch: Batch):
-    """The attention strategy of the training pass. Each row of the pass is one group, laid out as
-    prefix (P) | suffix 1 (R) | ... | suffix G (R); a suffix sees the prefix and itself."""
-    (N, P), (_, G, R) = batch.prefix.shape, batch.suffix.shape
-    columns = torch.arange(P + R, device=batch.prefix.device)
-    own = columns - P <= torch.arange(R, device=columns.device)[:, None]  # (R, P + R): causal
-    prefix = columns < batch.prefix_lengths[:, None]  # (N, P + R): its padding is not seen
-    visible = torch.where(columns < P, prefix[:, None], own)  # (N, R, P + R)
-    visible = visible[:, None, None].expand(N, G, 1, R, P + R).reshape(N * G, 1, R, P + R)
-
-    def attend(layer, q, k, v):  # q (N, H, P + G*R, D); k, v (N, KV, P + G*R, D)
-        heads = q.shape[1] // k.shape[1]  # query heads that share a key head
-        k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)  # (N, H, ., D)
-        of_prefix = causal(layer, q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (N, H, P, D)
-
-        def suffixes(x):  # (N, H, P + G*R, D) -> (N*G, H, R, D)
-            return x[:, :, P:].unflatten(2, (G, R)).transpose(1, 2).flatten(0, 1)
-
-        def with_prefix(x):  # (N, H, P + G*R, D) -> (N*G, H, P + R, D)
-            shared = x[:, None, :, :P].expand(-1, G, -1, -1, -1).flatten(0, 1)
-            return torch.cat((shared, suffixes(x)), dim=2)
-
-        q, k, v = suffixes(q), with_prefix(k), with_prefix(v)
-        of_suffix = scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (N*G, H, R, D)
-        of_suffix = of_suffix.unflatten(0, (N, G)).transpose(1, 2).flatten(2, 3)  # (N, H, G*R, D)
-        return torch.cat((of_prefix, of_suffix), dim=2)
-
-    return attend
+    """The attention strategy of the training pass: a segment sees the prefix and itself."""
+    mine, other = batch.segments[:, :, None], batch.segments[:, None]  # (N, T, 1), (N, 1, T)
+    visible = ((other == 0) | (other == mine)).tril()  # (N, T, T): and nothing after itself
+    return partial(attention, visible=visible[:, None])
 
 
 def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
-    """log pi(target) at the sampling temperature, (N, G, R) float32, 0 where the mask is 0.
+    """log pi(target) at the sampling temperature, (N, T) float32, 0 where the mask is 0.
     Only trained positions meet the vocabulary, HEAD_CHUNK at a time, and again in the backward
     pass, so that no logits are kept."""
-    (N, P), (_, G, R) = batch.prefix.shape, batch.suffix.shape
-    ids = torch.cat((batch.prefix, batch.suffix.flatten(1)), dim=1)  # (N, P + G*R)
-    before = torch.arange(P, device=ids.device).expand(N, P)
-    after = batch.prefix_lengths[:, None] + torch.arange(R, device=ids.device).repeat(G)  # (N, G*R)
-    # Padding may run beyond the context; it is never read.
-    positions = torch.cat((before, after), dim=1).clamp(max=model.context - 1)  # (N, P + G*R)
-    hidden = model(ids, positions, shared_prefix(batch))[:, P:].unflatten(1, (G, R))  # (N, G, R, C)
+    hidden = model(batch.ids, batch.positions, shared_prefix(batch))  # (N, T, C)
 
     def head(hidden, targets):  # (M, C), (M,) -> (M,)
         logits = model.logits(hidden) / temperature  # (M, V)
@@ -374,7 +340,7 @@ def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
 
     trained = hidden[batch.mask].split(HEAD_CHUNK), batch.targets[batch.mask].split(HEAD_CHUNK)
     logps = torch.cat([checkpoint(head, *chunk, use_reentrant=False) for chunk in zip(*trained)])
-    return logps.new_zeros(N, G, R).masked_scatter(batch.mask, logps)
+    return logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logps)
 
 
 # ---- the loss ----
@@ -390,9 +356,8 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO (arXiv 2402.03300, eq. 3). Log-probs and weights (N, G, R), the weights 0 outside the
-    trained tokens; advantages (N, G, 1). Returns the loss and, per token (N, G, R), the KL estimate
-    and where the clip is active.
+    """GRPO (arXiv 2402.03300, eq. 3). All (N, T), the weights 0 outside the trained tokens. Returns the
+    loss and, per token, the KL estimate and where the clip is active.
 
         rho  = exp(logp - old_logp)
         L_pg = -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)

@@ -233,7 +233,7 @@ def update(model, reference, optimizer, batches, config: Config, step: int) -> d
     loss_sum, gap_max, norms = 0.0, 0.0, []
     for i in range(updates):
         for batch, ref, old in zip(batches, refs, olds):
-            logps = trained_logps(model, batch, T)  # (N, G, R)
+            logps = trained_logps(model, batch, T)  # (N, T)
             old = logps.detach() if old is None else old
             clip = (config.clip_low, config.clip_high)
             loss, seen = grpo_loss(
@@ -265,7 +265,7 @@ def measure(episodes: list[Episode], batches, first_try, seconds: dict) -> dict:
     n = max(1, len(episodes))
     reward = sum(episode.reward for episode in episodes) / n
     lengths = {name: sum(len(turn.ids) for turn in some) for name, some in turns.items()}
-    passed = sum(int(batch.prefix_lengths.sum() + batch.mask.sum()) for batch in batches)
+    passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()

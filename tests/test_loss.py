@@ -89,13 +89,24 @@ def test_the_trained_tokens_are_exactly_the_reflections():
     ]
     assign_advantages(episodes)
     [batch] = make_batches(episodes, "reflection", "token", 0, 100)
-    assert batch.prefix.tolist() == [[a, b]]
-    assert batch.suffix.tolist() == [[[c, x, y], [c, z, 0]]]
-    assert batch.targets.tolist() == [[[x, y, stop], [z, stop, 0]]]
-    assert batch.mask.tolist() == [[[True, True, True], [True, True, False]]]
-    assert batch.sampled_logps.tolist() == [[[-1, -2, -3], [-4, -5, 0]]]
+    assert batch.ids.tolist() == [[a, b, c, x, y, c, z]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 1, 2, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
+    assert batch.targets.tolist() == [[0, 0, x, y, stop, z, stop]]
+    assert batch.mask.tolist() == [[False, False, True, True, True, True, True]]
+    assert batch.sampled_logps.tolist() == [[0, 0, -1, -2, -3, -4, -5]]
     assert torch.allclose(batch.weights, batch.mask / 5)
-    assert torch.allclose(batch.advantages[0, :, 0], torch.tensor([1.0, -1.0]), atol=1e-3)
+    expected = torch.tensor([0.0, 0, 1, 1, 1, -1, -1])
+    assert torch.allclose(batch.advantages[0], expected, atol=1e-3)
+
+
+def test_padding_is_no_segment_and_trains_nothing():
+    """Prevents: padding that is trained, or that is taken for a piece of the prefix (0)."""
+    [batch] = make_batches(make_episodes(groups=6), "everything", "token", 0, 10**6)
+    padding = batch.segments == -1
+    assert padding.any() and not padding.all(1).any()
+    assert (padding[:, 1:] >= padding[:, :-1]).all()  # on the right
+    assert not batch.mask[padding].any() and not batch.weights[padding].any()
 
 
 def test_nothing_outside_the_reflections_meets_the_head(small):
@@ -148,15 +159,8 @@ def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing):
     )
     assert_same(shared, gradient(model, loss))
     for batch in batches:  # the log-probs too, token for token
-        got = trained_logps(model, batch, 0.8)
-        order = sorted(
-            range(3),
-            key=lambda g: -max(len(spans(e, train_on)[0]) for e in episodes if e.group == g),
-        )
-        assert got.shape[:2] == (3, 4) and len(order) == 3
-        assert torch.allclose(
-            torch.sort(got[batch.mask])[0], torch.sort(torch.cat(plain))[0], atol=1e-4
-        )
+        got = trained_logps(model, batch, 0.8)[batch.mask]
+        assert torch.allclose(torch.sort(got)[0], torch.sort(torch.cat(plain))[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
@@ -182,8 +186,9 @@ def test_the_order_of_episodes_does_not_change_the_gradient(small):
 def test_the_denominators(norm):
     episodes = make_episodes(groups=2, G=4)
     [batch] = make_batches(episodes, "reflection", norm, 20, 10**6)
-    sums = batch.weights.sum(-1)  # (N, G)
-    sizes = batch.mask.sum(-1)
+    own = [batch.segments == g for g in range(1, 5)]  # by episode of each group
+    sums = torch.stack([(batch.weights * some).sum(1) for some in own])  # (G, N)
+    sizes = torch.stack([(batch.mask * some).sum(1) for some in own])
     if norm == "token":
         assert torch.allclose(sums, sizes / sizes.sum())
     if norm == "sequence":
@@ -195,7 +200,7 @@ def test_the_denominators(norm):
 def test_groups_without_signal_are_left_out():
     episodes = make_episodes(groups=3, rewards=[[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     [batch] = make_batches(episodes, "reflection", "token", 0, 10**6)
-    assert len(batch.prefix) == 1 and math.isclose(batch.weights.sum().item(), 1, rel_tol=1e-5)
+    assert len(batch.ids) == 1 and math.isclose(batch.weights.sum().item(), 1, rel_tol=1e-5)
     assert make_batches(episodes[:8], "reflection", "token", 0, 10**6) == []
 
 
@@ -203,9 +208,9 @@ def test_the_token_budget_is_kept():
     episodes = make_episodes(groups=8, seed=3)
     for budget in (1, 150, 300, 10**6):
         batches = make_batches(episodes, "reflection", "token", 0, budget)
-        assert sum(len(batch.prefix) for batch in batches) == 8
+        assert sum(len(batch.ids) for batch in batches) == 8
         for batch in batches:
-            assert len(batch.prefix) == 1 or batch.prefix.numel() + batch.suffix.numel() <= budget
+            assert len(batch.ids) == 1 or batch.ids.numel() <= budget
 
 
 def test_advantages():
