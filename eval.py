@@ -62,13 +62,14 @@ def profile(model: str, cuda: bool) -> dict:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # load() will say what is wrong with it
     if small:
-        limits = dict(attempt_tokens=48, reflection_tokens=160, retry_tokens=48, sample_rows=512)
-        return limits | dict(difficulty="3x12", steps=45, lr=3e-4, pool_problems=2000)
+        turns = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
+        much = {"sample_rows": 512, "pool_problems": 2000, "micro_batch_tokens": 4096}
+        return turns | much | {"difficulty": "3x12", "steps": 45, "lr": 3e-4}
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
-        return dict(checkpointing=True, micro_batch_tokens=8192)
-    limits = dict(attempt_tokens=128, reflection_tokens=96, retry_tokens=128, sample_rows=32)
-    few = dict(steps=10, batch_size=4, group_size=4, pool_problems=32, eval_n=24, save_every=5)
-    return limits | few | dict(micro_batch_tokens=2048)
+        return {"checkpointing": True, "micro_batch_tokens": 8192}
+    turns = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
+    much = {"sample_rows": 32, "pool_problems": 32, "micro_batch_tokens": 2048, "eval_n": 24}
+    return turns | much | {"steps": 10, "batch_size": 4, "group_size": 4, "save_every": 5}
 
 
 def parse(cls, argv: list[str], description: str):

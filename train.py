@@ -446,8 +446,8 @@ def train(run: Path, config: Config, stopping: list, resumed: bool) -> None:
     after, episodes = evaluate(rollout, test, 0, desc="after")
     write(run / "eval.jsonl", json.dumps({"step": config.steps} | after) + "\n", append=True)
     mended = [episode for episode in episodes if episode.reward == 1]
-    if mended:
-        show(mended[0])
+    for episode in mended[:3]:
+        show(episode)
     print(table({"before": before, "after": after}, task.errors))
     print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
 
