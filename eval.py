@@ -68,7 +68,7 @@ def profile(model: str, cuda: bool) -> dict:
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
         return {"checkpointing": True, "micro_batch_tokens": 8192}
     turns = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
-    much = {"sample_rows": 32, "pool_problems": 32, "micro_batch_tokens": 2048, "eval_n": 24}
+    much = {"sample_rows": 32, "pool_problems": 16, "micro_batch_tokens": 2048, "eval_n": 16}
     return turns | much | {"steps": 10, "batch_size": 4, "group_size": 4, "save_every": 5}
 
 

@@ -118,8 +118,10 @@ class Rollout:
         """`narrowed`: temperature, top_k or top_p other than training's, for evaluation."""
         self.model, self.chat, self.task, self.settings = model, chat, task, settings
         self.drawing = {"temperature": settings.temperature} | narrowed
-        self.room = settings.attempt_tokens + settings.reflection_tokens + settings.retry_tokens
-        self.room += len(chat.glue(task.reflect, -1)) + len(chat.glue(task.retry, -1))
+        control = len(chat.encode(task.generic_reflection))  # which may be longer than the cap
+        self.room = settings.attempt_tokens + max(settings.reflection_tokens, control)
+        glue = chat.glue(task.reflect, -1) + chat.glue(task.retry, -1)
+        self.room += settings.retry_tokens + len(glue)
 
     def prompt(self, problem: dict) -> list[int]:
         """Ids of the problem's prompt. UserError where an episode could overrun the context."""

@@ -36,6 +36,23 @@ def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
     return model
 
 
+WORST = {}  # what was compared -> (the largest difference of this session, its tolerance)
+
+
+def close(what: str, difference, tolerance: float) -> None:
+    """Asserts that a difference is below its tolerance; the worst are printed at the end."""
+    difference = torch.as_tensor(difference).item()
+    WORST[what] = max(WORST.get(what, (0.0, 0.0)), (difference, tolerance))
+    assert difference < tolerance, f"{what}: {difference:.1e}, the tolerance is {tolerance:.0e}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if WORST:
+        terminalreporter.section("worst differences")
+    for what, (difference, tolerance) in sorted(WORST.items()):
+        terminalreporter.write_line(f"{what:60} {difference:8.1e} of {tolerance:.0e}")
+
+
 @pytest.fixture
 def small():
     return random_model()

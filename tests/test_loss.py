@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rrr
-from conftest import random_model
+from conftest import close, random_model
 from rrr import Episode, Turn, assign_advantages, grpo_loss, make_batches, spans, trained_logps
 
 
@@ -61,10 +61,10 @@ def gradient(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def assert_same(a, b, tolerance=1e-5):
+def assert_same(what, a, b):
     for name in a:
         scale = b[name].abs().max().clamp(min=1e-6)
-        assert (a[name] - b[name]).abs().max() / scale < tolerance, name
+        close(what, (a[name] - b[name]).abs().max() / scale, 1e-5)
 
 
 def test_the_trained_tokens_are_exactly_the_reflections():
@@ -157,7 +157,7 @@ def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing):
         -sum((torch.exp(p - p.detach()) * e.advantage).sum() for p, e in zip(plain, episodes))
         / tokens
     )
-    assert_same(shared, gradient(model, loss))
+    assert_same("gradient, shared prefix and plain", shared, gradient(model, loss))
     for batch in batches:  # the log-probs too, token for token
         got = trained_logps(model, batch, 0.8)[batch.mask]
         assert torch.allclose(torch.sort(got)[0], torch.sort(torch.cat(plain))[0], atol=1e-4)
@@ -170,16 +170,16 @@ def test_micro_batches_do_not_change_the_gradient(small, norm):
     whole = make_batches(episodes, "reflection", norm, 20, 10**6)
     parts = make_batches(episodes, "reflection", norm, 20, 1)
     assert len(whole) == 1 and len(parts) == 6
-    assert_same(
-        gradient(small, total_loss(small, parts)), gradient(small, total_loss(small, whole))
-    )
+    cut, uncut = (gradient(small, total_loss(small, batches)) for batches in (parts, whole))
+    assert_same("gradient, micro-batches and one batch", cut, uncut)
 
 
 def test_the_order_of_episodes_does_not_change_the_gradient(small):
     episodes = make_episodes(groups=4)
     shuffled = random.Random(0).sample(episodes, len(episodes))
     a, b = (make_batches(some, "reflection", "token", 0, 10**6) for some in (episodes, shuffled))
-    assert_same(gradient(small, total_loss(small, a)), gradient(small, total_loss(small, b)))
+    a, b = (gradient(small, total_loss(small, batches)) for batches in (a, b))
+    assert_same("gradient, another order of episodes", a, b)
 
 
 @pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
@@ -246,7 +246,7 @@ def test_the_loss_equals_a_slow_loop_of_the_formulas_in_float64():
                 expected += weights[n, g, t].item() * (-min(rho * a, clipped * a) + beta * kl)
                 clips += clipped * a < rho * a and weights[n, g, t].item() > 0
     loss, seen = grpo_loss(logps, old, advantages, weights, ref, beta, low, high)
-    assert math.isclose(loss.item(), expected, rel_tol=1e-12)
+    close("loss, vectors and a float64 loop", abs(loss.item() / expected - 1), 1e-12)
     assert clips > 2 and seen["clip_fraction"].sum() == clips
 
 
@@ -287,9 +287,8 @@ def test_the_gradient_by_finite_differences():
                 values.append(value().item())
                 p -= sign * 1e-4 * direction
         numeric = (values[0] - values[1]) / 2e-4
-        assert math.isclose(
-            numeric, (grads[name] * direction).sum().item(), rel_tol=2e-3, abs_tol=1e-6
-        )
+        exact = (grads[name] * direction).sum().item()
+        close("gradient, finite differences", abs(numeric / exact - 1), 2e-3)
 
 
 def test_on_policy_the_loss_is_about_zero_and_its_gradient_is_not(small):

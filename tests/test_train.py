@@ -16,7 +16,7 @@ import torch
 
 import eval as evaluation
 import train
-from conftest import ROOT
+from conftest import ROOT, close
 from rrr import Episode
 
 QUICK = "--steps 4 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 12".split()
@@ -272,7 +272,8 @@ def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
         b.step()
         b.zero_grad()
         plain = (plain - lr * gradient.sign().bfloat16()).bfloat16()
-    assert torch.allclose(ours32, theirs, atol=0, rtol=1e-6)
+    difference = ((ours32 - theirs) / theirs).abs().max()
+    close("AdamW with masters and torch.optim.AdamW, 100 steps", difference, 1e-6)
     moved = (c.masters[0] - start).norm() / (theirs - start).norm()
     assert 0.98 < moved < 1.02
     assert torch.equal(ours16, c.masters[0].bfloat16())
@@ -296,6 +297,7 @@ def test_evaluation_with_controls_and_comparison(capsys):
     for words in ("first try", "second try, no reflection", "missed target", "cut at its cap"):
         assert words in out
     evaluation.main(["--eval_n", "40", "--temperature", "0", "--out", "b"])
+    evaluation.main(["--eval_n", "8", "--reflection_tokens", "4", "--out", "c"])  # a short cap
     evaluation.main(["--compare", "a", "b"])
     assert re.search(r"second try +\d+\.\d% .* +\d+\.\d%", capsys.readouterr().out)
     assert "eval.json" in refusal(capsys, evaluation.main, ["--compare", "a", "nowhere"])

@@ -3,6 +3,7 @@
 The models are looked for in $MODELS (or ~/.cache/real-models); what is missing is skipped by name.
 """
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ def folder(name):
     return str(REAL / name)
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
 def test_two_greedy_turns_equal_transformers_ids(name):
     """Ragged prompts, stop tokens, a second turn on the same cache: the ids that generate
     gives row by row, and text that reads as sense."""
@@ -71,6 +72,7 @@ RUNS = {
         ["--task", "function_calling"],
         ["--task", "function_calling", "--data", str(BFCL / "BFCL_v4_simple_python.json")],
     ],
+    "qwen2.5-coder-0.5b": [["--task", "countdown"], ["--task", "function_calling"]],
 }
 
 
@@ -78,25 +80,38 @@ RUNS = {
     "name, options", [(name, options) for name, many in RUNS.items() for options in many]
 )
 def test_a_step_on_real_weights_logs_saves_and_resumes(name, options, tmp_path, monkeypatch):
-    """Sampler and trainer agree on the log-probs of real models, and what is saved is loaded by
-    transformers."""
+    """Two steps, the first of them before an interruption. Sampler and trainer agree on the
+    log-probs of real models, and what is saved is loaded by transformers."""
     monkeypatch.chdir(tmp_path)
     if "--data" in options and not Path(options[-1]).exists():
         pytest.skip(f"{options[-1]} is not there")
-    quick = "--batch_size 2 --group_size 2 --pool_problems 3 --eval_n 2 --difficulty 3x20"
-    quick = quick.split() if "countdown" in options else quick.split()[:-2]
-    limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 1".split()
-    # With so few tokens nothing succeeds: a coin decides, so that there is something to train on.
-    verify = train.Rollout._verify
+    quick = "--batch_size 2 --group_size 2 --pool_problems 3 --eval_n 2 --save_every 1".split()
+    quick += ["--difficulty", "3x20"] if "countdown" in options else []
+    limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 2".split()
+    # So few tokens solve nothing: every second answer is called right, every first one wrong.
+    verify, calls = train.Rollout._verify, itertools.count()
 
-    def coin(self, problem, turn):
-        lucky = len(turn.prompt_ids) < 60 and sum(turn.ids) % 2 == 0 and turn.ids != []
-        return verify(self, problem, turn) | {"ok": lucky}
+    def take_turns(self, problem, turn):
+        is_retry = len(turn.prompt_ids) < 60  # all that comes before it is in the cache
+        return verify(self, problem, turn) | {"ok": is_retry and next(calls) % 2 == 0}
 
-    monkeypatch.setattr(train.Rollout, "_verify", coin)
-    train.main(["--model", folder(name), *options, *quick, *limits, "--out", "r"])
-    [row] = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
-    if row["groups_with_signal"]:
+    monkeypatch.setattr(train.Rollout, "_verify", take_turns)
+    update, interrupted = train.update, []
+
+    def interrupt_once(model, reference, optimizer, batches, config, step):
+        if step == 1 and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return update(model, reference, optimizer, batches, config, step)
+
+    monkeypatch.setattr(train, "update", interrupt_once)
+    with pytest.raises(SystemExit, match="stopped at once"):
+        train.main(["--model", folder(name), *options, *quick, *limits, "--out", "r"])
+    train.main(["--resume", "r"])
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["groups_with_signal"] == 2
         assert row["gap_max"] < 1e-3 and row["grad_norm"] > 0
     [saved] = Path("r").glob("step-*")
     again = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
