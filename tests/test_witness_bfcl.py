@@ -1,0 +1,418 @@
+"""The function-calling verifier against bfcl-eval, the Berkeley leaderboard's own checker.
+
+Both judge the same calls for all 1000 rows of the four Berkeley files: the reference answers, with
+every accepted value in turn, and these answers corrupted in one place, at every place where the
+corruption applies. Where the two disagree, DISAGREEMENTS says how often, who is wrong, and why.
+
+Runs where bfcl-eval is installed; of its many dependencies the checker needs none:
+pip install --no-deps bfcl-eval==2026.3.23
+"""
+
+import copy
+import importlib
+import json
+import re
+import sys
+from collections import Counter, namedtuple
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
+
+from test_function_calling import BFCL, SPLITS  # noqa: E402
+
+from tasks import load_rows  # noqa: E402
+from tasks.function_calling import FunctionCalling, _problem  # noqa: E402
+
+# The checker asks the table of models one thing: whether the dots in the names of a model's tools
+# became underscores. That table imports the clients of two dozen vendors; this one stands in.
+MODELS = ModuleType("bfcl_eval.constants.model_config")
+MODELS.MODEL_CONFIG_MAPPING = {"a model": SimpleNamespace(underscore_to_dot=False)}
+with patch.dict(sys.modules, {MODELS.__name__: MODELS}):
+    CHECKER = importlib.import_module("bfcl_eval.eval_checker.ast_eval.ast_checker")
+
+TASK = FunctionCalling()
+Row = namedtuple("Row", "split id tools truth problem variants calls")
+OMIT = object()  # among the values of a parameter: that it is left out
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Every row, also those whose request stands twice, which FunctionCalling(data) merges."""
+    made = []
+    for split in SPLITS:
+        data = BFCL / f"BFCL_v4_{split}.json"
+        if not data.is_file():
+            pytest.skip(
+                f"the Berkeley files are not in {BFCL}; set BFCL to their folder to run this test"
+            )
+        answers = load_rows(str(BFCL / "possible_answer" / data.name))
+        truths = {row["id"]: row["ground_truth"] for _, row in answers}
+        for _, row in load_rows(str(data)):
+            problem = _problem(copy.deepcopy(row), copy.deepcopy(truths))
+            variants = []  # of each call
+            for wanted in problem["answers"]:
+                required = set(specs(row["function"], wanted["name"])["required"])
+                some = [v for v in values_of(wanted["arguments"]) if required <= v.keys()]
+                variants.append([{"name": wanted["name"], "arguments": v} for v in some])
+            calls = [some[0] for some in variants]
+            truth = truths[row["id"]]
+            made.append(Row(split, row["id"], row["function"], truth, problem, variants, calls))
+    return made
+
+
+def specs(tools, name):
+    return next(tool["parameters"] for tool in tools if tool["name"] == name)
+
+
+def values_of(wanted):
+    """What may be given for a wanted value: its first choices, then each other choice in turn.
+    A dict holds lists of accepted values, a list plain values or such dicts."""
+    if isinstance(wanted, dict):
+        made = one_at_a_time({key: accepted(values) for key, values in wanted.items()})
+        return [{k: v for k, v in some.items() if v is not OMIT} for some in made]
+    if isinstance(wanted, list):
+        made = one_at_a_time({i: values_of(item) for i, item in enumerate(wanted)})
+        return [list(some.values()) for some in made]
+    return [wanted]
+
+
+def accepted(values):
+    some = [value for wanted in values if wanted != "" for value in values_of(wanted)]
+    return some + [OMIT] * ("" in values)
+
+
+def one_at_a_time(choices):
+    first = {key: values[0] for key, values in choices.items()}
+    return [first, *(first | {k: v} for k, values in choices.items() for v in values[1:])]
+
+
+def verdicts(row, calls):
+    """Whether the calls are right: what we say, and what they say."""
+    theirs = CHECKER.ast_checker(
+        row.tools,
+        [{call["name"]: call["arguments"]} for call in calls],
+        row.truth,
+        CHECKER.Language.PYTHON,
+        row.split,
+        "a model",
+    )
+    return TASK.verify(row.problem, json.dumps(calls)).ok, theirs["valid"]
+
+
+# Corruptions: each makes of a row's reference answer every answer with one thing changed.
+
+
+def put(value, path, new):
+    """The value, with another one at the path."""
+    if not path:
+        return new
+    made = copy.copy(value)
+    made[path[0]] = put(value[path[0]], path[1:], new)
+    return made
+
+
+def places(value, path):
+    """(path, value) of the value itself and of all inside."""
+    yield path, value
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(item, (*path, key))
+
+
+def whole(change):
+    """All calls at once."""
+    return lambda row: change(row.calls)
+
+
+def each(change):
+    """Every call."""
+
+    def corrupt(row):
+        for i, call in enumerate(row.calls):
+            for new in change(row, call):
+                yield put(row.calls, (i,), call | new)
+
+    return corrupt
+
+
+def value(kind, change):
+    """Every value of this type, however deep; for dict, the arguments of a call are one, too."""
+
+    def corrupt(row):
+        for i, call in enumerate(row.calls):
+            found = list(places(call["arguments"], (i, "arguments")))
+            for path, old in found if kind is dict else found[1:]:
+                if type(old) is kind or kind is object:
+                    for new in change(old):
+                        yield put(row.calls, path, new)
+
+    return corrupt
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+def drop_parameter(required):
+    def change(row, call):
+        for key in call["arguments"]:
+            if (key in specs(row.tools, call["name"])["required"]) == required:
+                yield {"arguments": without(call["arguments"], key)}
+
+    return change
+
+
+BLANK = ["", "."]  # equal for the leaderboard, which overlooks punctuation
+SAMPLES = {"string": "x", "any": "x", "integer": 1, "float": 1.5, "boolean": True}
+SAMPLES |= {"array": [], "tuple": [], "dict": {}}
+
+
+def add_parameter(samples):
+    """Every one that the tool knows and the call leaves out."""
+
+    def change(row, call):
+        for key, spec in specs(row.tools, call["name"])["properties"].items():
+            for sample in samples(spec["type"]) if key not in call["arguments"] else []:
+                yield {"arguments": call["arguments"] | {key: sample}}
+
+    return change
+
+
+def swap_arguments(row, call):
+    arguments = call["arguments"]
+    for a in arguments:
+        for b in arguments:
+            if a < b:
+                yield {"arguments": arguments | {a: arguments[b], b: arguments[a]}}
+
+
+def exchange_between_calls(calls):
+    """One argument of two calls of the same tool."""
+    for i, one in enumerate(calls):
+        for j, other in enumerate(calls[:i]):
+            for key in one["arguments"].keys() & other["arguments"].keys():
+                if one["name"] == other["name"]:
+                    made = put(calls, (i, "arguments", key), other["arguments"][key])
+                    yield put(made, (j, "arguments", key), one["arguments"][key])
+
+
+def other_tool(row, call):
+    return [{"name": tool["name"]} for tool in row.tools]
+
+
+def digits(text):
+    return [json.loads(text)] if re.fullmatch(r"[1-9]\d*(\.\d+)?", text) else []
+
+
+N = range
+CORRUPTIONS = {
+    "calls reversed": whole(lambda calls: [calls[::-1]]),
+    "calls rotated": whole(lambda calls: [calls[i:] + calls[:i] for i in N(len(calls))]),
+    "no call": whole(lambda calls: [[]]),
+    "call dropped": whole(lambda calls: [calls[:i] + calls[i + 1 :] for i in N(len(calls))]),
+    "call duplicated": whole(lambda calls: [[*calls, call] for call in calls]),
+    "call in place of another": whole(
+        lambda calls: [put(calls, (i,), call) for call in calls for i in N(len(calls))]
+    ),
+    "argument exchanged between calls": whole(exchange_between_calls),
+    "another tool on offer": each(other_tool),
+    "tool name changed": each(lambda row, call: [{"name": call["name"] + "x"}]),
+    "tool name in other case": each(lambda row, call: [{"name": call["name"].swapcase()}]),
+    "tool name with _ for .": each(lambda row, call: [{"name": call["name"].replace(".", "_")}]),
+    "required parameter missing": each(drop_parameter(required=True)),
+    "optional parameter left out": each(drop_parameter(required=False)),
+    "unasked parameter": each(add_parameter(lambda kind: [SAMPLES[kind]])),
+    "unasked parameter, blank": each(add_parameter(lambda kind: BLANK)),
+    "unasked parameter, null": each(add_parameter(lambda kind: [None])),
+    "arguments swapped": each(swap_arguments),
+    "unknown key": value(dict, lambda d: [d | {"zzz": 1}]),
+    "unknown key, blank": value(dict, lambda d: [d | {"zzz": blank} for blank in BLANK]),
+    "unknown key, null": value(dict, lambda d: [d | {"zzz": None}]),
+    "key in other case": value(dict, lambda d: [without(d, k) | {k.swapcase(): d[k]} for k in d]),
+    "key dropped": value(dict, lambda d: [without(d, k) for k in d]),
+    "keys in other order": value(dict, lambda d: [dict(reversed(d.items()))]),
+    "list reversed": value(list, lambda v: [v[::-1]]),
+    "list emptied": value(list, lambda v: [[]]),
+    "item dropped": value(list, lambda v: [v[:i] + v[i + 1 :] for i in N(len(v))]),
+    "item doubled": value(list, lambda v: [v[:i] + v[i - 1 :] for i in N(1, len(v) + 1)]),
+    "only item unwrapped": value(list, lambda v: v if len(v) == 1 else []),
+    "list as text": value(list, lambda v: [json.dumps(v)]),
+    "int as string": value(int, lambda n: [str(n)]),
+    "int as float": value(int, lambda n: [float(n)]),
+    "0 or 1 as bool": value(int, lambda n: [bool(n)] if n in (0, 1) else []),
+    "int changed": value(int, lambda n: [n + 1, -n]),
+    "float as string": value(float, lambda x: [str(x)]),
+    "float as int": value(float, lambda x: [int(x)]),
+    "float changed": value(float, lambda x: [x + 0.5, -x]),
+    "bool as int": value(bool, lambda b: [int(b)]),
+    "bool as string": value(bool, lambda b: [str(b), str(b).lower()]),
+    "bool negated": value(bool, lambda b: [not b]),
+    "string in other case": value(str, lambda s: [s.swapcase()]),
+    "string's punctuation and spaces": value(str, lambda s: [f"-{s.replace(' ', '_')}."]),
+    "string's quotes": value(str, lambda s: [s.replace("'", '"'), s.replace('"', "'")]),
+    "string longer": value(str, lambda s: [s + "s", s + "\n"]),
+    "string shorter": value(str, lambda s: [s[1:], s[:-1]]),
+    "digits as number": value(str, digits),
+    "null": value(object, lambda v: [None]),
+    "blank string": value(object, lambda v: BLANK),
+    "wrapped in a list": value(object, lambda v: [[v]]),
+    "wrapped in a dict": value(object, lambda v: [{"value": v}]),
+}
+
+# Where the two disagree on these. we_say: that the answer is right; times: {corruption: {row: n}}
+
+Disagreement = namedtuple("Disagreement", "why we_say times")
+DISAGREEMENTS = [
+    Disagreement(
+        "bfcl-eval is wrong: it gives each wanted call the first answer that fits, and takes none "
+        "back. One call of this row may be for Microsoft or Apple, others must be for Apple",
+        we_say=True,
+        times={
+            "calls reversed": {"parallel_178": 1},
+            "calls rotated": {"parallel_178": 2},
+            "argument exchanged between calls": {"parallel_178": 1},
+        },
+    ),
+    Disagreement(
+        "bfcl-eval is wrong: where a float is wanted it takes 3 for 3.0, but not in a list",
+        we_say=True,
+        times={
+            "float as int": {
+                "simple_python_13": 2,
+                "simple_python_82": 7,
+                "simple_python_87": 5,
+                "simple_python_103": 5,
+                "parallel_multiple_67": 5,
+            }
+        },
+    ),
+    Disagreement(
+        "bfcl-eval is wrong: in a dict and in a list of lists it checks no types but compares with "
+        "==, so that 20.0 is an integer and True a number of people",
+        we_say=False,
+        times={
+            "int as float": {"simple_python_260": 3, "simple_python_122": 4},
+            "0 or 1 as bool": {"parallel_29": 4},
+        },
+    ),
+    Disagreement(
+        "Neither is wrong: no schema says what these dicts hold. We keep to the type of the wanted "
+        "value; bfcl-eval, by the same ==, takes 90.0 for 90",
+        we_say=False,
+        times={"int as float": {"multiple_9": 4, "parallel_29": 6, "parallel_multiple_66": 15}},
+    ),
+    Disagreement(
+        "bfcl-eval is wrong: it overlooks case, spaces and punctuation in strings, also in those "
+        "of a list and of a dict, but not in those of a list in a dict",
+        we_say=True,
+        times={
+            kind: {"simple_python_337": 8, "parallel_multiple_135": 15}
+            for kind in ("string in other case", "string's punctuation and spaces")
+        },
+    ),
+    Disagreement(
+        "We are laxer, as we compare all strings alike: bfcl-eval compares them to the letter "
+        "where what is accepted has another type than the schema's (data['sales'] for a list)",
+        we_say=True,
+        times={
+            "string in other case": {"parallel_multiple_21": 2},
+            "string's punctuation and spaces": {"parallel_multiple_21": 2},
+            "blank string": {"simple_python_307": 1},
+        },
+    ),
+    Disagreement(
+        "bfcl-eval is wrong, for the same reason: data[\"sales\"] is data['sales']",
+        we_say=True,
+        times={"string's quotes": {"parallel_multiple_21": 2}},
+    ),
+    Disagreement(
+        'bfcl-eval is wrong: where a list may be left out, which "" among the accepted values '
+        "says, it compares the list with the letters of that string, so that [] is right",
+        we_say=False,
+        times={
+            "list emptied": {
+                "simple_python_178": 1,
+                "parallel_44": 2,
+                "parallel_52": 1,
+                "parallel_multiple_117": 1,
+                "parallel_multiple_126": 1,
+                "parallel_multiple_132": 1,
+            },
+            "item dropped": {  # the only one
+                "parallel_44": 2,
+                "parallel_52": 1,
+                "parallel_multiple_117": 1,
+                "parallel_multiple_126": 1,
+            },
+            "unasked parameter": {  # a list, of which "" is all that is accepted
+                "simple_python_335": 1,
+                "simple_python_353": 1,
+                "simple_python_354": 1,
+                "multiple_178": 1,
+                "parallel_multiple_189": 1,
+                "parallel_multiple_191": 1,
+            },
+        },
+    ),
+]
+
+# We are wrong: a blank string counts as leaving out, even of a key that nobody knows
+TO_BE_MENDED = {
+    "unknown key, blank": 3536,
+    "key in other case": 1,
+    "blank string": 525,
+    "unasked parameter, blank": 32,
+}
+
+
+def explained(kind):
+    table = Counter()
+    for some in DISAGREEMENTS:
+        table.update({(row, some.we_say): n for row, n in some.times.get(kind, {}).items()})
+    return table
+
+
+def test_every_row_becomes_a_problem(rows):
+    """Prevents: rows dropped by the loader, which all tests below would then pass over."""
+    assert Counter(row.split for row in rows) == SPLITS
+    assert all(row.problem for row in rows)
+
+
+def test_reference_answers_are_right_for_both(rows):
+    """Prevents: an accepted value that the verifier refuses, so that a right answer is punished."""
+    tried = 0
+    for row in rows:
+        for i, variants in enumerate(row.variants):
+            for call in variants:
+                tried += 1
+                assert verdicts(row, put(row.calls, (i,), call)) == (True, True), (row.id, call)
+    assert tried == 3675
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_corrupted_answers_are_judged_alike(rows, kind):
+    """Prevents: a verifier stricter or laxer than the leaderboard's where nobody meant it to be."""
+    tried, found, examples = 0, Counter(), {}
+    for row in rows:
+        unchanged = json.dumps(row.calls)
+        for calls in CORRUPTIONS[kind](row):
+            if json.dumps(calls) != unchanged:
+                ours, theirs = verdicts(row, calls)
+                tried += 1
+                if ours != theirs:
+                    found[row.id, ours] += 1
+                    examples[row.id, ours] = calls
+    assert tried >= 5
+    if kind in TO_BE_MENDED:
+        assert found.total() == TO_BE_MENDED[kind]
+        return
+    for key in found.keys() | explained(kind).keys():
+        assert found[key] == explained(kind)[key], (key, examples.get(key))
+
+
+def test_the_table_names_corruptions_that_are_tried():
+    """Prevents: an explanation that is never checked, as its corruption was renamed."""
+    assert {kind for some in DISAGREEMENTS for kind in some.times} <= CORRUPTIONS.keys()
