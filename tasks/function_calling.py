@@ -33,7 +33,7 @@ HIDDEN = {"say", "values", "range", "count", "words", "show"}  # tools.json's ke
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
 KINDS = {str: "text", list: "a list", dict: "an object"}
-LEFT_OUT = "(left out)"  # in the exact form: neither a value nor a default
+LEFT_OUT = ("left out",)  # in the exact form: no value, no default; a tuple equals no JSON
 MAX_CHARS = 32_768  # of an answer: a longer one is not read, so that none takes long
 NOT_SPACE, CLOSER = re.compile(r"\S"), re.compile(r"\s*[]}]")
 JSON_START = re.compile(r"""\{\s*["']|\[\s*\{""")  # but not "[1]" or "{x}" in prose
@@ -233,8 +233,11 @@ def _differences(wanted, given, schema, berkeley):
         default = "" if berkeley else spec.get("default", LEFT_OUT)
         accepted = wanted.get(key, default)
         accepted = accepted if berkeley and isinstance(accepted, list) else [accepted]
-        right = any(_same(value, given.get(key, default), spec, berkeley) for value in accepted)
         missing = key not in given
+        # "" among Berkeley's values allows leaving out; as a value it is right only for a string
+        text = key in wanted and spec.get("type", "string") == "string"
+        some = [value for value in accepted if value != "" or text or missing or not berkeley]
+        right = any(_same(value, given.get(key, default), spec, berkeley) for value in some)
         if not right or (missing and key in schema.get("required", [])):
             expected = " or ".join(f"{value!r:.80}" for value in accepted)
             found = "nothing" if missing else f"{given[key]!r:.80}"

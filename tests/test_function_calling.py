@@ -325,6 +325,13 @@ def test_an_empty_string_is_not_a_missing_one_in_the_exact_form(task):
     assert error_of(task, problem, call()) == "wrong parameters"
 
 
+def test_no_text_counts_as_leaving_out_in_the_exact_form(task):
+    problem = problem_of({"a": {"type": "integer"}, "b": {"type": "string"}}, {"a": 1})
+    for blank in ("", "(left out)", "left out", ["left out"]):
+        assert error_of(task, problem, call(a=1, b=blank)) == "wrong parameters"
+        assert error_of(task, problem, call(a=1, zzz=blank)) == "wrong parameters"
+
+
 def test_calls_pair_off_in_any_order_even_where_greed_fails(task):
     accepts = problem_of({"x": {"type": "integer"}}, {"x": [1, 2]}, form="berkeley")
     accepts["answers"].append(call(x=[1]))
@@ -677,6 +684,11 @@ def test_berkeley_types_become_json_schema(tmp_path):
         ({"any": 1}, "wrong values"),
         ({"unit": "KM"}, ""),
         ({"unit": "miles"}, "wrong values"),
+        ({"unit": ""}, ""),  # on the leaderboard, too
+        ({"wind": ""}, "wrong values"),  # it may be left out, but a blank is no number
+        ({"wind": "."}, "wrong values"),
+        ({"day": ""}, "wrong parameters"),
+        ({"box": {"w": 2, "h": ""}}, "wrong values"),
         ({"box": {"w": 2}}, ""),
         ({"box": {"name": "Big Box"}}, "wrong values"),
         ({"box": {"w": "2"}}, "wrong values"),
