@@ -358,8 +358,8 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO (arXiv 2402.03300, eq. 3). All (N, T), the weights 0 outside the trained tokens. Returns the
-    loss and, per token, the KL estimate and where the clip is active.
+    """GRPO (arXiv 2402.03300, eq. 3). All (N, T), the weights 0 outside the trained tokens.
+    Returns the loss and, per token, the KL estimate and where the clip is active.
 
         rho  = exp(logp - old_logp)
         L_pg = -min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
