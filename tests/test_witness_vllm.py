@@ -22,7 +22,7 @@ NEW_TOKENS = 24
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
 def test_vllm_writes_the_same_from_a_saved_folder(name, tmp_path, monkeypatch):
-    """Prevents: a checkpoint that loads but under other names, with another tie, config, template or
+    """Prevents: a checkpoint that loads, but with another tie, config, template, tokenizer or
     stop token. The weights are moved first, as training would: the source is not what is read."""
     if not (REAL / name / "tokenizer.json").is_file():
         pytest.skip(f"{name} is not in {REAL}")
