@@ -21,6 +21,8 @@ Where this differs from the paper, or the paper is silent:
  5. `retries_per_reflection` > 1 makes the reward the mean of several retries. 1 is the paper's.
  6. With one update a batch the ratio is exactly 1: its denominator is the trainer's own log-prob,
     not the sampler's, whose rounding differs.
+ 7. TRL (1.16) divides by the unbiased deviation, counts groups without signal in its denominators,
+    and by default multiplies the KL estimate by the ratio (tests/test_witness_trl.py).
 """
 
 import json
