@@ -68,11 +68,14 @@ def test_two_greedy_turns_equal_transformers_ids(name):
 
 RUNS = {
     "smollm2-135m": [
-        ["--task", "countdown"],
-        ["--task", "function_calling"],
+        ["--task", "countdown", "--difficulty", "3x20"],
+        ["--task", "function_calling", "--difficulty", "easy"],
         ["--task", "function_calling", "--data", str(BFCL / "BFCL_v4_simple_python.json")],
     ],
-    "qwen2.5-coder-0.5b": [["--task", "countdown"], ["--task", "function_calling"]],
+    "qwen2.5-coder-0.5b": [
+        ["--task", "countdown", "--difficulty", "3x20"],
+        ["--task", "function_calling", "--difficulty", "easy"],
+    ],
 }
 
 
@@ -85,8 +88,7 @@ def test_a_step_on_real_weights_logs_saves_and_resumes(name, options, tmp_path, 
     monkeypatch.chdir(tmp_path)
     if "--data" in options and not Path(options[-1]).exists():
         pytest.skip(f"{options[-1]} is not there")
-    quick = "--batch_size 2 --group_size 2 --pool_problems 3 --eval_n 2 --save_every 1".split()
-    quick += ["--difficulty", "3x20"] if "countdown" in options else []
+    quick = "--batch_size 2 --group_size 2 --pool_problems 2 --eval_n 1 --save_every 1".split()
     limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 2".split()
     # So few tokens solve nothing: every second answer is called right, every first one wrong.
     verify, calls = train.Rollout._verify, itertools.count()
