@@ -75,19 +75,27 @@ def test_three_ragged_turns_with_fork_and_compaction_equal_uncached_greedy(seed)
     )
 
 
-def test_a_fork_does_not_share_memory():
-    """Prevents: two reflections of one failure writing into one cache."""
+@pytest.mark.parametrize("G", [1, 2])
+def test_a_fork_does_not_share_memory(G):
+    """Prevents: two reflections of one failure, or an evaluation's controls (a fork of one), that
+    write into one cache."""
     model = random_model()
     start = Conversations(model, 2, 100)
     start.extend([[1, 2, 4], [7, 9]])
-    fork = start.fork(2)
-    fork.extend([[11], [12, 13, 14, 15], [11], [16]])
-    fork.sample(8, STOPS, generator(), temperature=0)
+    fork = start.fork(G)
+    pieces = [[11], [12, 13, 14, 15], [11], [16]][: 2 * G]
+    fork.extend(pieces)
+    texts = [([1, 2, 4], [7, 9])[i // G] + piece for i, piece in enumerate(pieces)]
+    sampled = fork.sample(8, STOPS, generator(), temperature=0)
     start.extend([[20], [21]])
     for s, text in zip(
         start.sample(8, STOPS, generator(), temperature=0), ([1, 2, 4, 20], [7, 9, 21])
     ):
         assert s.ids == naive_greedy(model, text, 8, STOPS)
+    fork.extend([[5]] * len(texts))  # what the parent wrote meanwhile is not the fork's
+    again = fork.sample(8, STOPS, generator(), temperature=0)
+    for first, second, text in zip(sampled, again, texts):
+        assert second.ids == naive_greedy(model, [*text, *first.ids, 5], 8, STOPS)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
