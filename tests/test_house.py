@@ -45,12 +45,16 @@ def count(file):
 @in_ci
 def test_the_readme_tells_the_true_line_counts():
     """Prevents: a table that lost its truth, and a file that nobody lists."""
-    found = re.findall(r"^\| `(\S+\.py)` \| (\d+) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    found = re.findall(
+        r"^\| `(\S+\.py)` \| (\d+) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M
+    )
     told = {file: (int(lines), int(code)) for file, lines, code in found}
     files = [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("tiny/*.py")]
     true = {path.relative_to(ROOT).as_posix(): count(path) for path in files}
     assert told == true
-    together = re.search(r"^\| together \| (\d+) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    together = re.search(
+        r"^\| together \| (\d+) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M
+    )
     assert [int(n) for n in together.groups()] == [sum(n) for n in zip(*true.values())]
 
 
