@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from model import UserError, check, explain, load, resolve
-from rrr import Rollout, Sampling
+from rrr import Episode, Rollout, Sampling
 from tasks import get_task
 
 CONTROLS = ("no reflection", "generic reflection", "another's reflection")
@@ -63,7 +63,7 @@ def profile(model: str, cuda: bool) -> dict:
             pass  # load() will say what is wrong with it
     if small:
         turns = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
-        much = {"sample_rows": 512, "pool_problems": 2000, "micro_batch_tokens": 4096}
+        much = {"sample_rows": 512, "micro_batch_tokens": 4096}
         return turns | much | {"difficulty": "3x12", "steps": 45, "lr": 3e-4}
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
         return {"checkpointing": True, "micro_batch_tokens": 8192}
@@ -84,7 +84,8 @@ def parse(cls, argv: list[str], description: str):
             raise argparse.ArgumentTypeError(f"expected true or false, found '{text}'")
         return text.lower() == "true"
 
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    more = "tiny, and any model on a CPU, have other defaults: `profile` in eval.py."
+    parser = argparse.ArgumentParser(description=description, epilog=more, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(cls):
         kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type
@@ -155,6 +156,11 @@ def interval(k: int, n: int) -> dict:
     return {"n": n, "rate": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
+def is_mended(episode: Episode) -> bool:
+    """By the verdict, not the reward, which an ablation may change."""
+    return bool(episode.retry_verdicts) and episode.retry_verdicts[0]["ok"]
+
+
 def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), desc="evaluation"):
     """First and second tries on the problems. Returns a report (JSON) and the episodes."""
     episodes, mended_by = [], Counter()
@@ -177,11 +183,11 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), des
                 if ids:
                     told = rollout.quote(failures, branch, ids)
                 rollout.retry(told, branch, 1, generator, f"{desc}: {name}")
-                mended_by[name] += sum(int(episode.reward) for episode in told)
+                mended_by[name] += sum(map(is_mended, told))
         episodes += attempts
 
     n, failed = len(episodes), [e for e in episodes if not e.attempt_verdict["ok"]]
-    first, mended = n - len(failed), sum(int(e.reward) for e in failed)
+    first, mended = n - len(failed), sum(map(is_mended, failed))
     turns = {
         "attempt": [e.attempt for e in episodes],
         "reflection": [e.reflection for e in failed],
@@ -193,7 +199,7 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), des
         "second_try": interval(first + mended, n),
         "retry_success": interval(mended, len(failed)) if failed else None,
         "first_errors": Counter(e.attempt_verdict["error"] for e in failed),
-        "second_errors": Counter(e.retry_verdicts[0]["error"] for e in failed if not e.reward),
+        "second_errors": Counter(e.retry_verdicts[0]["error"] for e in failed if not is_mended(e)),
         "reflection_tokens": sum(len(t.ids) for t in turns["reflection"]) / max(1, len(failed)),
         "truncated": {name: count / max(1, len(turns[name])) for name, count in cut.items()},
         "controls": {name: interval(first + mended_by[name], n) for name in controls},
@@ -250,7 +256,8 @@ def run(config: Config) -> None:
     narrowed = {"top_k": config.top_k, "top_p": config.top_p}
     rollout = Rollout(model, chat, task, config, **narrowed)
     report, episodes = evaluate(rollout, held_out(task, config), config.seed, CONTROLS)
-    is_run = Path(config.model).is_dir() and resolve(config.model) != Path(config.model)
+    folder = Path(config.model)
+    is_run = folder.is_dir() and resolve(config.model).parent == folder
     out = Path(config.out or (config.model if is_run else f"eval-{Path(config.model).name}"))
     content = {"config": asdict(config), "errors": task.errors, "report": report}
     with explain(f"the evaluation cannot be written to {out}", OSError):

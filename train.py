@@ -20,7 +20,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from eval import Common, chunks, evaluate, held_out, open_model, parse, percent, seeded, table
+from eval import (
+    Common,
+    chunks,
+    evaluate,
+    held_out,
+    is_mended,
+    open_model,
+    parse,
+    percent,
+    seeded,
+    table,
+)
 from model import UserError, check, explain, load, save
 from rrr import (
     TRAINED_TURNS,
@@ -46,7 +57,7 @@ class Config(Common, Method):
     warmup_ratio: float = 0.03  # share of the steps in which the rate rises, before its cosine fall
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    optimizer_device: str = "same"  # same, or cpu: masters and moments in main memory
+    optimizer_device: str = "same"  # same, or cpu: masters, moments, gradients in main memory
     micro_batch_tokens: int = 16384  # ids of one forward and backward pass, padding included
     checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     save_every: int = 50  # steps between checkpoints (one is always written at the end)
@@ -146,12 +157,12 @@ def build_pool(rollout: Rollout, config: Config, stopping: list) -> list[Episode
         weights.update(p.detach().flatten()[:4096].float().cpu().numpy().tobytes())
     keys = "task data difficulty pool_problems pool_attempts attempt_tokens temperature seed"
     options = [getattr(config, key) for key in ["sample_rows", *keys.split()]]
-    identity = [weights.hexdigest(), *options]
+    problems = rollout.task.problems("train", config.pool_problems, config.seed)
+    check(problems, "the data is too small: no problem is left to train on (four in five are).")
+    identity = [weights.hexdigest(), rollout.prompt(problems[0]), *options]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     path = Path(config.pool_dir) / f"{config.task}-{Path(config.model).name}-{name}.jsonl"
 
-    problems = rollout.task.problems("train", config.pool_problems, config.seed)
-    check(problems, "the data is too small: no problem is left to train on (four in five are).")
     todo = chunks([p for p in problems for _ in range(config.pool_attempts)], config.sample_rows)
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     episodes, batch = [], 0
@@ -270,7 +281,7 @@ def measure(episodes: list[Episode], batches, first_try, seconds: dict) -> dict:
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     sampled = (lengths["reflection"] + lengths["retry"]) / seconds["sample"]
-    cut = {name: sum(not turn.stopped for turn in some) / n for name, some in turns.items()}
+    cut = {k: sum(not t.stopped for t in some) / max(1, len(some)) for k, some in turns.items()}
     return {
         "reward": reward,
         "first_try": first_try,
@@ -445,11 +456,13 @@ def train(run: Path, config: Config, stopping: list, resumed: bool) -> None:
 
     after, episodes = evaluate(rollout, test, 0, desc="after")
     write(run / "eval.jsonl", json.dumps({"step": config.steps} | after) + "\n", append=True)
-    mended = [episode for episode in episodes if episode.reward == 1]
+    mended = [episode for episode in episodes if is_mended(episode)]
     for episode in mended[:3]:
         show(episode)
     print(table({"before": before, "after": after}, task.errors))
-    print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
+    same = {"task": config.task, "data": config.data, "difficulty": config.difficulty}
+    options = "".join(f" --{name} {value}" for name, value in same.items() if value)
+    print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}{options}")
 
 
 def show(episode: Episode) -> None:

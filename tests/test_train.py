@@ -340,3 +340,11 @@ def test_the_readmes_task_is_a_whole_one(monkeypatch):
     assert task.verify(problem, " \n ").error == "no answer"
     train.main([*QUICK, "--steps", "1", "--task", "reverse", "--out", "r"])
     assert json.loads(Path("r/eval.jsonl").read_text().splitlines()[1])["first_try"]["n"] >= 1
+
+
+def test_an_evaluation_of_tiny_leaves_its_folder_alone(monkeypatch):
+    """From the repository's root `tiny` is a folder, too. Prevents: results among the weights."""
+    before = set(os.listdir(ROOT / "tiny"))
+    Path("tiny").symlink_to(ROOT / "tiny")
+    evaluation.main(["--eval_n", "4"])
+    assert Path("eval-tiny/eval.json").exists() and set(os.listdir(ROOT / "tiny")) == before

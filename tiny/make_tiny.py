@@ -153,14 +153,18 @@ def make_tokenizer(texts, folder):
 
 
 def encode(problem, turns, task, chat, glues, given):
-    """ids, and for each id whether it is trained: those of the assistant's turns, with their ends,
-    but for the first `given`."""
+    """ids, and for each id whether it is trained: those of the assistant's turns, with their ends.
+    given 1: but for the attempt. 2: and for the reflection's first token."""
     ids = chat.encode(HEAD + task.messages(problem)[0]["content"] + TAIL)
     trained = [False] * len(ids)
     for i, text in enumerate(turns):
         answer = chat.encode(text + "<|im_end|>")
         glue = glues[i] if i + 1 < len(turns) else []
-        skipped = len(answer) if i == 0 and given else i == 1 and given > 1
+        skipped = 0
+        if i == 0 and given:
+            skipped = len(answer)
+        elif i == 1 and given == 2:
+            skipped = 1
         ids += answer + glue
         trained += [False] * skipped + [True] * (len(answer) - skipped) + [False] * len(glue)
     return ids, trained
@@ -171,7 +175,7 @@ def batches(problems, task, chat, rng, rows=32):
 
     A third of the conversations are about a failure that is given (1), not learnt: reflections and
     retries need the practice, and the share of right attempts stays what it is. Another third are
-    drills of the search, its first token given as well (2): so does the share of each kind."""
+    drills of the search, whose first token is given as well (2): the share of each kind stays."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
