@@ -14,6 +14,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from conftest import close  # noqa: E402
+from make_golden import ROPES  # noqa: E402
 from test_model import CHATML, write_chat  # noqa: E402
 
 from model import load, save  # noqa: E402
@@ -32,30 +33,18 @@ COMMON = dict(
     eos_token_id=258,
     pad_token_id=256,
 )
-PLAIN = dict(rope_type="default", rope_theta=1e6)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
-LONGROPE = dict(
-    rope_type="longrope",
-    rope_theta=10000.0,
-    short_factor=[1.0 + 0.05 * i for i in range(8)],
-    long_factor=[1.0 + 4.0 * i for i in range(8)],
-    original_max_position_embeddings=256,
-)
 FAMILIES = {
-    "qwen2": ("Qwen2", dict(rope_parameters=PLAIN)),
-    "qwen3": ("Qwen3", dict(head_dim=32, rope_parameters=PLAIN)),
-    "llama": ("Llama", dict(rope_parameters=LLAMA3, rms_norm_eps=1e-5)),
+    "qwen2": ("Qwen2", dict(rope_parameters=ROPES["plain"])),
+    "qwen3": ("Qwen3", dict(head_dim=32, rope_parameters=ROPES["plain"])),
+    "llama": ("Llama", dict(rope_parameters=ROPES["llama3"], rms_norm_eps=1e-5)),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=32)),
     "phi3": (
         "Phi3",
-        dict(rope_parameters=LONGROPE, original_max_position_embeddings=256, num_key_value_heads=4),
+        dict(
+            rope_parameters=ROPES["longrope"],
+            original_max_position_embeddings=256,
+            num_key_value_heads=4,
+        ),
     ),
 }
 

@@ -158,15 +158,15 @@ def encode(problem, turns, task, chat, glues, given):
     ids = chat.encode(HEAD + task.messages(problem)[0]["content"] + TAIL)
     trained = [False] * len(ids)
     for i, text in enumerate(turns):
-        answer = chat.encode(text + "<|im_end|>")
+        written = chat.encode(text + "<|im_end|>")
         glue = glues[i] if i + 1 < len(turns) else []
         skipped = 0
         if i == 0 and given:
-            skipped = len(answer)
+            skipped = len(written)
         elif i == 1 and given == 2:
             skipped = 1
-        ids += answer + glue
-        trained += [False] * skipped + [True] * (len(answer) - skipped) + [False] * len(glue)
+        ids += written + glue
+        trained += [False] * skipped + [True] * (len(written) - skipped) + [False] * len(glue)
     return ids, trained
 
 
