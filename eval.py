@@ -35,7 +35,7 @@ class Common(Sampling):
     data: str | None = None  # problems from a .json, .jsonl or .parquet file, or owner/name:path
     difficulty: str | None = None  # of generated problems; countdown's 3x12: 3 numbers up to 12
     device: str = "auto"  # cpu or cuda; auto takes a GPU where there is one
-    dtype: str = "auto"  # float32 or bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
+    dtype: str = "auto"  # float32 or bfloat16; auto is bfloat16 where the processor computes in it
     context: int | None = None  # tokens of a whole conversation (default: the model's, up to 4096)
     seed: int = 0  # of problems and sampling
     eval_n: int = 500  # held-out problems of an evaluation
@@ -63,7 +63,7 @@ def profile(model: str, cuda: bool) -> dict:
             pass  # load() will say what is wrong with it
     if small:
         turns = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
-        much = {"sample_rows": 512, "micro_batch_tokens": 4096}
+        much = {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
         return turns | much | {"difficulty": "3x12", "steps": 45, "lr": 3e-4}
     if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
         return {"checkpointing": True, "micro_batch_tokens": 8192}
@@ -96,29 +96,37 @@ def parse(cls, argv: list[str], description: str):
         parser.add_argument(f"--{f.name}", default=f.default, help=words.replace("%", "%%"), **how)
     config = cls(**vars(parser.parse_args(argv)))
     given = {f.name for f in fields(cls) if any(a.split("=")[0] == f"--{f.name}" for a in argv)}
-    for name, value in profile(config.model, pick_device(config.device) == "cuda").items():
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    for name, value in profile(config.model, cuda).items():
         own = name != "difficulty" or (config.task == "countdown" and not config.data)
         if hasattr(config, name) and name not in given and own:
             setattr(config, name, value)
     return config, given
 
 
-def pick_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def pick_device_and_dtype(config: Common) -> tuple[str, str]:
+    """What `auto` stands for: a GPU where there is one; bfloat16 where it is computed in."""
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        amx, avx512_bf16 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+        dtype = "bfloat16" if device == "cuda" or amx or avx512_bf16 else "float32"
+    choices = "auto, float32 or bfloat16"
+    check(device in ("cpu", "cuda"), f"--device must be auto, cpu or cuda, found '{device}'.")
+    check(dtype in ("float32", "bfloat16"), f"--dtype must be {choices}, found '{dtype}'.")
+    return device, dtype
 
 
 def open_model(config: Common):
     """(model, chat, task) as the options ask for; prints what was chosen."""
-    device = pick_device(config.device)
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    dtype = dtype if config.dtype == "auto" else config.dtype
-    check(device in ("cpu", "cuda"), f"--device must be auto, cpu or cuda, found '{device}'.")
-    choices = "auto, float32 or bfloat16"
-    check(dtype in ("float32", "bfloat16"), f"--dtype must be {choices}, found '{dtype}'.")
+    device, dtype = pick_device_and_dtype(config)
     for name in ("attempt_tokens", "reflection_tokens", "retry_tokens", "sample_rows", "eval_n"):
         found = getattr(config, name)
         check(found >= 1, f"--{name} must be at least 1, found {found}.")
     task = get_task(config.task, config.data, config.difficulty)
+    if dtype == "bfloat16":  # a GPU may take TF32 for the head: bfloat16 factors are exact in it
+        torch.set_float32_matmul_precision("high")
     model, chat = load(config.model, device, getattr(torch, dtype), config.context)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{config.model}: {millions:,.1f} M parameters, {dtype} on {device}; {config.task}")

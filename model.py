@@ -189,7 +189,8 @@ class ModelConfig:
 
 
 def rope_tables(config: ModelConfig, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (n, D) float32 for positions 0..n-1; the two halves of D are alike.
+    """cos and sin (n, D) float32 for positions 0..n-1. The two halves of D are alike, but that the
+    first of sin is negated, as `rotate` wants it.
     llama3 divides the slow frequencies by `factor`, keeps the fast ones, and blends in between.
     longrope (arXiv 2402.13753) divides each by a factor of its own, and scales both tables."""
     D, rope, slower, scale = config.head_dim, config.rope, 1.0, 1.0
@@ -206,7 +207,8 @@ def rope_tables(config: ModelConfig, n: int) -> tuple[torch.Tensor, torch.Tensor
         fast = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,) 1: keep, 0: divide
         frequencies = fast * frequencies + (1 - fast) * frequencies / rope["factor"]
     angles = torch.arange(n).float()[:, None] * torch.cat((frequencies, frequencies))  # (n, D)
-    return angles.cos() * scale, angles.sin() * scale
+    sign = (torch.arange(D) >= D // 2) * 2 - 1  # (D,) -1 and 1
+    return angles.cos() * scale, angles.sin() * sign * scale
 
 
 def attention(layer: int, q, k, v, visible: torch.Tensor | None = None) -> torch.Tensor:
@@ -220,8 +222,33 @@ def attention(layer: int, q, k, v, visible: torch.Tensor | None = None) -> torch
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rope, computed in float32: x (B, heads, T, D), cos and sin (B, 1, T, D) -> as x."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+
+
+def product(x: torch.Tensor, *layers: nn.Module, silu=False, times=None) -> torch.Tensor:
+    """What linear layers that read the same x (..., C) give, side by side: (..., sum of widths);
+    silu of it, or `times` another tensor, in the same pass.
+
+    When sampling on a CPU (known by inference mode), oneDNN multiplies with one copy of the weights
+    in the blocked layout that it wants. A plain weight is laid out anew at each call, and at the few
+    rows of a decoding step that is a third of the time. The copy is renewed when a weight changed.
+    """
+    weights, biases = [y.weight for y in layers], [getattr(y, "bias", None) for y in layers]
+    sampling = torch.is_inference_mode_enabled() and torch.backends.mkldnn.is_available()
+    if not sampling or x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16):
+        parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+        y = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        y = F.silu(y) if silu else y
+        return y if times is None else y * times
+    key = [(weight.data_ptr(), weight._version) for weight in weights]
+    packed_for, weight, bias = getattr(layers[0], "packed", (None, None, None))
+    if packed_for != key:
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights))
+        bias = None if biases[0] is None else torch.cat(biases)
+        layers[0].packed = key, weight, bias
+    if times is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, times, weight, bias, "mul")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "swish" if silu else "none", [], "")
 
 
 class Attention(nn.Module):
@@ -229,25 +256,26 @@ class Attention(nn.Module):
         super().__init__()
         C, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         H, KV = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.fused = layer, config.fused
-        self.head_dim, self.widths = D, (H * D, KV * D, KV * D)
-        if self.fused:
-            self.qkv_proj = nn.Linear(C, sum(self.widths), bias)
+        self.layer, self.head_dim, self.heads = layer, D, (H, KV, KV)
+        if config.fused:
+            self.qkv_proj = nn.Linear(C, (H + 2 * KV) * D, bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, n, bias) for n in self.widths)
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(C, n * D, bias) for n in self.heads)
+        self.inputs = ["qkv_proj"] if config.fused else ["q_proj", "k_proj", "v_proj"]
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        norm = partial(nn.RMSNorm, D, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity
+        norm = partial(nn.RMSNorm, D, eps=config.rms_norm_eps) if config.qk_norm else lambda: None
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, cos, sin, attend):
-        if self.fused:
-            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
-        else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # (B, T, H or KV times D)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (q, k, v))
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, H, T, D), (B, KV, T, D)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, D)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, C)
+        qkv = product(x, *(getattr(self, name) for name in self.inputs))  # (B, T, (H + 2 KV) D)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 KV, T, D)
+        qk, v = qkv.tensor_split((sum(self.heads[:2]),), dim=1)
+        if self.q_norm:
+            q, k = qk.split(self.heads[:2], dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split(self.heads[:2], dim=1)  # (B, H, T, D), (B, KV, T, D)
+        out = attend(self.layer, q, k, v)  # (B, H, T, D)
+        return product(out.transpose(1, 2).flatten(2), self.o_proj)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -262,10 +290,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         if self.fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+            gate, up = product(x, self.gate_up_proj).chunk(2, dim=-1)
+            y = F.silu(gate) * up
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+            y = product(x, self.up_proj, times=product(x, self.gate_proj, silu=True))
+        return product(y, self.down_proj)
 
 
 class Layer(nn.Module):
@@ -327,9 +356,15 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> (..., V), always float32: log-probs of bfloat16 logits are coarse."""
+        """hidden (..., C) -> (..., V) float32, computed in float32: bfloat16 logits are coarse. The
+        exception is sampling in bfloat16 on a CPU, where such a product would cost as much as ten
+        layers: there, as in serving engines, they are bfloat16, and that is what is drawn from."""
         head = self.lm_head or self.model.embed_tokens
-        return F.linear(hidden.float(), head.weight.float())
+        if not torch.is_inference_mode_enabled():
+            return F.linear(hidden.float(), head.weight.float())
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:  # without a float32 copy of the head
+            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
+        return product(hidden, head)
 
 
 def load(name: str, device="cpu", dtype=torch.float32, context=None) -> tuple[Decoder, "Chat"]:

@@ -29,11 +29,13 @@ from eval import (
     open_model,
     parse,
     percent,
+    pick_device_and_dtype,
     seeded,
     table,
 )
-from model import UserError, check, explain, load, save
+from model import ModelConfig, UserError, check, explain, load, save
 from rrr import (
+    HEAD_CHUNK,
     TRAINED_TURNS,
     Episode,
     Method,
@@ -101,7 +103,7 @@ class MasterAdamW:
         where = [device if device == "cpu" else p.device for p in self.parameters]
         masters = [p.detach().to(d, torch.float32) for p, d in zip(self.parameters, where)]
         self.masters = [torch.nn.Parameter(master) for master in masters]
-        settings = {"betas": (0.9, 0.99), "weight_decay": weight_decay}
+        settings = {"betas": (0.9, 0.99), "weight_decay": weight_decay, "fused": True}
         self.adamw = torch.optim.AdamW(self.masters, lr, **settings)
 
     def collect(self) -> None:
@@ -297,6 +299,49 @@ def measure(episodes: list[Episode], batches, first_try, seconds: dict) -> dict:
     }
 
 
+# ---- memory, before it is used ----
+
+
+def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str, float]:
+    """GB on the device by what takes them, for prompts of that many tokens: by count, before a run
+    starts. `sampling` and `training` are the two peaks; the largest turn caps are assumed."""
+    device, dtype = pick_device_and_dtype(config)
+    cuda, size = device == "cuda", 2 if dtype == "bfloat16" else 4
+    C, inner, V = model.hidden_size, model.intermediate_size, model.vocab_size
+    L, H, KV = model.num_hidden_layers, model.num_attention_heads, model.num_key_value_heads
+    D = model.head_dim
+    weights = L * C * ((2 * H + 2 * KV) * D + 3 * inner) + (2 - model.tie_word_embeddings) * V * C
+    here = config.optimizer_device == "same"
+    kept, gradients = (12, 4 + size) if here else (0, size)  # bytes by weight
+    if size == 4:  # float32 weights are their own masters
+        kept, gradients = (8, 4) if here else (0, 4)
+    steady = {
+        "weights": size * weights,
+        "reference": size * weights * (config.kl_beta > 0),
+        "masters and moments": kept * weights,
+    }
+    conversation = prompt + config.attempt_tokens + config.reflection_tokens + config.retry_tokens
+    cache = config.sample_rows * conversation * 2 * L * KV * D * size
+    # Twice: the conversations, and the fixed memory of CUDA graphs. On a CPU the blocked weights.
+    sampling = {"cache": cache * (2 if cuda else 1), "logits": 3 * config.sample_rows * V * 4}
+    sampling["blocked weights"] = 0 if cuda else size * weights
+    line = prompt + config.attempt_tokens + config.group_size * config.reflection_tokens
+    tokens = max(config.micro_batch_tokens, line)
+    inside = tokens * (size * (6 * C + 3 * (H + 2 * KV) * D + 5 * inner) + 8 * C)  # a layer's
+    inside += 3 * tokens * line  # the mask, and as attention wants it
+    training = {
+        "gradients": gradients * weights,
+        "activations": inside + L * tokens * C * size if config.checkpointing else L * inside,
+        "head": 4 * HEAD_CHUNK * V * 4,
+        "kept by graphs": cache if cuda else 0,
+    }
+    parts = steady | sampling | training
+    total = sum(steady.values())
+    parts["sampling"] = total + sum(sampling.values())
+    parts["training"] = total + sum(training.values())
+    return {name: value / 1e9 for name, value in parts.items()}
+
+
 # ---- files ----
 
 
@@ -406,6 +451,9 @@ def train(run: Path, config: Config, stopping: list, resumed: bool) -> None:
     rollout, test = Rollout(model, chat, task, config), held_out(task, config)
     start, skipped = restore_checkpoint(run, optimizer) if resumed else (0, 0)
     print(f"{'resuming' if resumed else 'writing'} {run}", flush=True)
+    longest = max(len(rollout.prompt(problem)) for problem in test)
+    memory = predict_memory(config, model.config, longest)
+    print("predicted memory: {sampling:.1f} GB sampling, {training:.1f} training".format(**memory))
 
     pool = None
     with stage("pool", seconds):

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import sampler
 from conftest import close, random_model
 from model import UserError
 from sampler import Conversations, draw
@@ -198,3 +199,70 @@ def test_the_cap_cuts_and_says_so():
     conversations.extend(random_prompts(6))
     for s in conversations.sample(5, frozenset(), generator()):
         assert len(s.ids) == 5 and not s.stopped and len(s.logps) == 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_road_of_cuda_graphs_gives_the_same(seed, monkeypatch):
+    """On a CPU, with a recorder that simply repeats the step. Prevents: a step that reads or makes
+    something outside its fixed tensors, rows lost on the way to the desk and back, a desk that is
+    too small for the next conversation, graphs of another drawing or other stop ids."""
+
+    def three_turns():
+        model = random_model(seed=seed)
+        conversations = Conversations(model, 9, 300)
+        conversations.extend(random_prompts(9, seed))
+        turns = conversations.sample(20, STOPS, generator())
+        conversations.extend(random_prompts(9, seed + 1, high=9))
+        conversations = conversations.fork(3)
+        turns += conversations.sample(40, STOPS, generator(1), temperature=0.8)
+        conversations.extend([[7, 7]] * 27)
+        return model, turns + conversations.sample(30, frozenset({11}), generator(2), top_k=20)
+
+    _, plain = three_turns()
+    recorded = []
+    monkeypatch.setattr(sampler, "uses_graphs", lambda cache: True)
+    monkeypatch.setattr(sampler, "record", lambda step: recorded.append(step) or step)
+    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": 3})
+    monkeypatch.setattr(sampler, "ROWS_BY", {"cpu": 4})
+    model, by_graphs = three_turns()
+    for one, other in zip(plain, by_graphs, strict=True):
+        assert one.ids == other.ids and one.stopped == other.stopped
+        close("log-probs by graphs", max(map(gap, one.logps, other.logps)), 1e-4)
+    assert len(model.desk.counts) == 27 and model.desk.max_tokens == 40
+    kinds = list(model.desk.graphs)
+    assert len(recorded) > len(kinds) > 2  # those of the first, smaller desk went with it
+    assert len({stops for *_, stops, _ in kinds}) == 2, "each set of stop ids has its own graphs"
+
+
+def gap(a, b):
+    return abs(a - b)
+
+
+def test_a_changed_weight_is_seen():
+    """Prevents: sampling on with the blocked copy of a weight that the optimizer has moved."""
+    model = random_model()
+    before = sample_greedily(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    after = sample_greedily(model)
+    assert after == naive_greedy(model, [1, 2, 3], 12, STOPS) != before
+
+
+def sample_greedily(model):
+    conversations = Conversations(model, 1, 40)
+    conversations.extend([[1, 2, 3]])
+    return conversations.sample(12, STOPS, generator(), temperature=0)[0].ids
+
+
+def test_bfloat16_stays_near_the_full_pass():
+    """Prevents: a path of the cache that loses more than bfloat16 must."""
+    model = random_model(layers=4).bfloat16()
+    conversations = Conversations(model, 24, 200)
+    prompts = random_prompts(24)
+    conversations.extend(prompts)
+    gaps = []
+    for prompt, s in zip(prompts, conversations.sample(60, STOPS, generator())):
+        gaps.append(full_logps(model, prompt + s.ids, len(s.ids), 1.0) - torch.tensor(s.logps))
+    close("log-probs in bfloat16, cached and full, mean", torch.cat(gaps).abs().mean(), 0.05)
+    close("log-probs in bfloat16, cached and full, bias", torch.cat(gaps).mean().abs(), 0.02)
