@@ -230,7 +230,7 @@ def product(x: torch.Tensor, *layers: nn.Module, silu=False, times=None) -> torc
     silu of it, or `times` another tensor, in the same pass.
 
     When sampling on a CPU (known by inference mode), oneDNN multiplies with one copy of the weights
-    in the blocked layout that it wants. A plain weight is laid out anew at each call, and at the few
+    in the blocked layout that it wants. A plain weight is laid out anew at each call: at the few
     rows of a decoding step that is a third of the time. The copy is renewed when a weight changed.
     """
     weights, biases = [y.weight for y in layers], [getattr(y, "bias", None) for y in layers]

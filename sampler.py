@@ -53,8 +53,8 @@ class Cache:
         self.hidden = weight.new_zeros(rows, model.config.hidden_size)  # (B, C)
 
     def grow(self, longest: int) -> int:
-        """Makes room for `longest` tokens a slot; returns that length in whole buckets. On a CPU all
-        S places are attended to: a product with a part of them would copy that part first."""
+        """Makes room for `longest` tokens a slot; returns how many places to attend to: those, in
+        whole buckets. On a CPU, all there are: a product with a part would copy that part first."""
         size = BUCKET[self.lengths.device.type]
         S = -(-longest // size) * size
         if S > self.values[0].shape[2]:
@@ -111,8 +111,8 @@ class Cache:
 
 
 class Desk:
-    """What a decoding step reads and writes: a cache, and the tensors of one turn, all by slot. They
-    never move and nothing else changes, so that a step can be recorded as a CUDA graph."""
+    """What a decoding step reads and writes: a cache, and the tensors of one turn, all by slot.
+    They never move and nothing else changes, so that a step can be recorded as a CUDA graph."""
 
     def __init__(self, cache: Cache, max_tokens: int):
         B, device = len(cache.lengths), cache.lengths.device
@@ -130,7 +130,8 @@ class Desk:
         """A new turn of the first len(row_at) slots; uniform (B, M), by row."""
         B, M = uniform.shape
         if stop_ids not in self.stop_tensors:
-            self.stop_tensors[stop_ids] = torch.tensor(sorted(stop_ids), device=self.t.device)
+            stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.t.device)
+            self.stop_tensors[stop_ids] = stops  # (number of stop ids,)
         self.stop_ids, self.drawing = stop_ids, drawing
         self.rows[:B] = torch.tensor(row_at)
         self.uniform[:B, :M] = uniform.to(self.t.device)[self.rows[:B]]
@@ -148,11 +149,12 @@ class Desk:
         self.ids[:n].index_copy_(1, self.t, ids[:, None])
         self.logps[:n].index_copy_(1, self.t, logps[:, None])
         self.counts[:n] += self.alive[:n]
-        self.alive[:n] &= ~torch.isin(ids, self.stop_tensors[self.stop_ids])
+        # Not torch.isin: with many stop ids it asks the GPU, which a graph cannot.
+        self.alive[:n] &= (ids[:, None] != self.stop_tensors[self.stop_ids]).all(1)
         self.t += 1
 
     def step(self, n: int, S: int) -> None:
-        """The slots 0..n-1 read the ids drawn last, with S places of the cache, and draw the next."""
+        """The slots 0..n-1 read the ids drawn last, attending to S places, and draw the next."""
         cache = self.cache
         ids = self.ids[:n].index_select(1, self.t - 1)  # (n, 1)
         hidden = cache.forward(slice(0, n), ids, cache.lengths[:n, None], S)  # (n, 1, C)

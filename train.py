@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,8 +96,8 @@ class Config(Common, Method):
 class MasterAdamW:
     """torch.optim.AdamW on float32 copies of the weights. At the paper's learning rate (5e-7) a
     step is less than half a unit in the last place of most bfloat16 weights: rounded to nearest,
-    they would never move. Gradients are summed in float32 too. Float32 weights are their own
-    masters."""
+    they would never move. Gradients are summed in float32 too, each taken over in the backward pass
+    (the weights' `grad` stays empty). Float32 weights are their own masters."""
 
     def __init__(self, parameters, lr, weight_decay, device="same"):
         self.parameters = list(parameters)
@@ -106,13 +107,13 @@ class MasterAdamW:
         settings = {"betas": (0.9, 0.99), "weight_decay": weight_decay, "fused": True}
         self.adamw = torch.optim.AdamW(self.masters, lr, **settings)
 
-    def collect(self) -> None:
-        """After a backward pass: add the weights' gradients to the masters', and free them."""
+        def collect(master, p):  # during the backward pass, as soon as it is there
+            grad = p.grad.to(master.device, torch.float32)
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            p.grad = None
+
         for p, master in zip(self.parameters, self.masters):
-            if p.grad is not None:
-                grad = p.grad.to(master.device, torch.float32)
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                p.grad = None
+            p.register_post_accumulate_grad_hook(partial(collect, master))
 
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> float | None:
@@ -253,7 +254,6 @@ def update(model, reference, optimizer, batches, config: Config, step: int) -> d
                 logps, old, batch.advantages, batch.weights, ref, config.kl_beta, *clip
             )
             loss.backward()
-            optimizer.collect()
             loss_sum += loss.item() / updates
             seen = {name: values / updates for name, values in seen.items()}
             if i == 0:  # before the weights move, trainer and sampler should agree
@@ -312,13 +312,11 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
     D = model.head_dim
     weights = L * C * ((2 * H + 2 * KV) * D + 3 * inner) + (2 - model.tie_word_embeddings) * V * C
     here = config.optimizer_device == "same"
-    kept, gradients = (12, 4 + size) if here else (0, size)  # bytes by weight
-    if size == 4:  # float32 weights are their own masters
-        kept, gradients = (8, 4) if here else (0, 4)
+    kept = 12 if size == 2 else 8  # bytes by weight: moments, and masters (float32 are their own)
     steady = {
         "weights": size * weights,
         "reference": size * weights * (config.kl_beta > 0),
-        "masters and moments": kept * weights,
+        "masters and moments": kept * weights * here,
     }
     conversation = prompt + config.attempt_tokens + config.reflection_tokens + config.retry_tokens
     cache = config.sample_rows * conversation * 2 * L * KV * D * size
@@ -330,9 +328,9 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
     inside = tokens * (size * (6 * C + 3 * (H + 2 * KV) * D + 5 * inner) + 8 * C)  # a layer's
     inside += 3 * tokens * line  # the mask, and as attention wants it
     training = {
-        "gradients": gradients * weights,
+        "gradients": 4 * weights * here,
         "activations": inside + L * tokens * C * size if config.checkpointing else L * inside,
-        "head": 4 * HEAD_CHUNK * V * 4,
+        "head": 4 * min(HEAD_CHUNK, tokens) * V * 4,
         "kept by graphs": cache if cuda else 0,
     }
     parts = steady | sampling | training
@@ -453,7 +451,7 @@ def train(run: Path, config: Config, stopping: list, resumed: bool) -> None:
     print(f"{'resuming' if resumed else 'writing'} {run}", flush=True)
     longest = max(len(rollout.prompt(problem)) for problem in test)
     memory = predict_memory(config, model.config, longest)
-    print("predicted memory: {sampling:.1f} GB sampling, {training:.1f} training".format(**memory))
+    print("memory: {sampling:.1f} GB sampling, {training:.1f} training, predicted".format(**memory))
 
     pool = None
     with stage("pool", seconds):
@@ -504,9 +502,10 @@ def train(run: Path, config: Config, stopping: list, resumed: bool) -> None:
 
     after, episodes = evaluate(rollout, test, 0, desc="after")
     write(run / "eval.jsonl", json.dumps({"step": config.steps} | after) + "\n", append=True)
-    mended = [episode for episode in episodes if is_mended(episode)]
-    for episode in mended[:3]:
+    for episode in [episode for episode in episodes if is_mended(episode)][:3]:
         show(episode)
+    used = json.loads(read(run / "metrics.jsonl")[-1])["memory_gb"]
+    print(f"memory: {used:.1f} GB used at the peak")
     print(table({"before": before, "after": after}, task.errors))
     same = {"task": config.task, "data": config.data, "difficulty": config.difficulty}
     options = "".join(f" --{name} {value}" for name, value in same.items() if value)

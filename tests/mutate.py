@@ -49,8 +49,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "the sampler forgets the temperature",
         "sampler.py",
-        "torch.log_softmax(logits / (temperature or 1.0), dim=-1)",
-        "torch.log_softmax(logits, dim=-1)",
+        "logits = logits / temperature",
+        "logits = logits / 1.0",
     ),
     (
         "the clip is on the wrong side",
@@ -67,8 +67,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "a bias is dropped",
         "model.py",
-        "self.q_proj(x), self.k_proj(x), self.v_proj(x)",
-        "self.q_proj(x), F.linear(x, self.k_proj.weight), self.v_proj(x)",
+        "F.linear(x, weight, bias) for weight",
+        "F.linear(x, weight) for weight",
     ),
     (
         "Llama 3's rope scaling is ignored",
@@ -85,14 +85,32 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "a fork shares its parent's keys",
         "sampler.py",
-        "new.keys = [keys[slots] for keys in self.keys]",
-        "new.keys = [keys if len(keys) == len(slots) else keys[slots] for keys in self.keys]",
+        "new.keys = [keys[index] for keys in self.keys]",
+        "new.keys = [keys if len(keys) == len(slots) else keys[index] for keys in self.keys]",
     ),
     (
         "compaction forgets to move the values",
         "sampler.py",
-        "for tensor in state + self.keys + self.values:",
-        "for tensor in state + self.keys:",
+        "for tensor in turn + self.cache.tensors():",
+        "for tensor in turn + self.cache.tensors()[:-1]:",
+    ),
+    (
+        "sampling goes on with weights from before the update",
+        "model.py",
+        "if packed_for != key:",
+        "if packed_for is None:",
+    ),
+    (
+        "the blocked copy forgets the biases",
+        "model.py",
+        "bias = None if biases[0] is None else torch.cat(biases)",
+        "bias = None",
+    ),
+    (
+        "what the graphs wrote stays on their desk",
+        "sampler.py",
+        "self.cache.copy_(desk.cache)",
+        "pass",
     ),
     (
         "bfloat16 weights are their own masters",

@@ -88,7 +88,8 @@ def test_a_step_on_real_weights_logs_saves_and_resumes(name, options, tmp_path, 
     monkeypatch.chdir(tmp_path)
     if "--data" in options and not Path(options[-1]).exists():
         pytest.skip(f"{options[-1]} is not there")
-    quick = "--batch_size 2 --group_size 2 --pool_problems 2 --eval_n 1 --save_every 1".split()
+    quick = "--dtype float32 --batch_size 2 --group_size 2 --pool_problems 2 --eval_n 1".split()
+    quick += ["--save_every", "1"]
     limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 2".split()
     # So few tokens solve nothing: every second answer is called right, every first one wrong.
     verify, calls = train.Rollout._verify, itertools.count()
