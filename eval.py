@@ -125,8 +125,8 @@ def open_model(config: Common):
         found = getattr(config, name)
         check(found >= 1, f"--{name} must be at least 1, found {found}.")
     task = get_task(config.task, config.data, config.difficulty)
-    if dtype == "bfloat16":  # a GPU may take TF32 for the head: bfloat16 factors are exact in it
-        torch.set_float32_matmul_precision("high")
+    if dtype == "bfloat16":  # the head's float32 product of bfloat16 factors stays exact in it
+        torch.set_float32_matmul_precision("medium")
     model, chat = load(config.model, device, getattr(torch, dtype), config.context)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{config.model}: {millions:,.1f} M parameters, {dtype} on {device}; {config.task}")

@@ -212,12 +212,17 @@ def rope_tables(config: ModelConfig, n: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def attention(layer: int, q, k, v, visible: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention within each row: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D). A query
-    sees itself and what is before it, or as `visible` (B, 1, T, T) says. Keys are repeated, since
-    enable_gqa falls to a slow path for some devices and dtypes."""
-    group = q.shape[1] // k.shape[1]  # query heads that share a key head are neighbours
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, T, D)
-    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+    """Attention within each row: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D). A query
+    sees itself and what is before it, or as `visible` (B or 1, 1, T, S) says. enable_gqa is not
+    used: it falls to a slow path for some devices and dtypes."""
+    (B, H, T, D), KV = q.shape, k.shape[1]
+    group = H // KV  # query heads that share a key head are neighbours
+    if visible is None:  # the kernels for this skip what is not seen
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # Nothing is repeated: the heads that share a key head become more queries of that head.
+    q, visible = q.reshape(B, KV, group * T, D), visible.repeat(1, 1, group, 1)
+    return F.scaled_dot_product_attention(q, k, v, visible).view(B, H, T, D)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -355,16 +360,20 @@ class Decoder(nn.Module):
                 x = layer(x, cos, sin, attend)
         return self.model.norm(x)
 
+    @property
+    def head(self) -> nn.Module:
+        return self.lm_head or self.model.embed_tokens
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> (..., V) float32, computed in float32: bfloat16 logits are coarse. The
         exception is sampling in bfloat16 on a CPU, where such a product would cost as much as ten
         layers: there, as in serving engines, they are bfloat16, and that is what is drawn from."""
-        head = self.lm_head or self.model.embed_tokens
-        if not torch.is_inference_mode_enabled():
-            return F.linear(hidden.float(), head.weight.float())
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16:  # without a float32 copy of the head
-            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
-        return product(hidden, head)
+        weight = self.head.weight
+        if torch.is_inference_mode_enabled() and not hidden.is_cuda:
+            return product(hidden, self.head)
+        if torch.is_grad_enabled() or not hidden.is_cuda or weight.dtype != torch.bfloat16:
+            return F.linear(hidden.float(), weight.float())
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # no float32 copy of the head
 
 
 def load(name: str, device="cpu", dtype=torch.float32, context=None) -> tuple[Decoder, "Chat"]:

@@ -27,16 +27,15 @@ Where this differs from the paper, or the paper is silent:
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from model import Chat, Decoder, UserError, attention
 from sampler import Conversations
 
-HEAD_CHUNK = 2048  # positions that meet the vocabulary at a time: the largest tensor there is
+HEAD_CHUNK = 1024  # positions that meet the vocabulary at a time: the largest tensor there is
 
 
 # ---- settings: each field is a command-line option, its comment the help ----
@@ -326,24 +325,74 @@ def make_batches(
 
 
 def shared_prefix(batch: Batch):
-    """The attention strategy of the training pass: a segment sees the prefix and itself."""
-    mine, other = batch.segments[:, :, None], batch.segments[:, None]  # (N, T, 1), (N, 1, T)
-    visible = ((other == 0) | (other == mine)).tril()  # (N, T, T): and nothing after itself
-    return partial(attention, visible=visible[:, None])
+    """The attention strategy of the training pass: a segment sees the prefix and itself. The
+    prefixes attend causally; then each segment, in a row of its own, attends to its prefix's keys
+    and to its own. No two segments are multiplied with each other, as they would be under a mask
+    of (T, T)."""
+    segments, place = batch.segments, torch.arange(batch.segments.shape[1], device=batch.ids.device)
+    counts = F.one_hot(segments + 1).sum(1)[:, 1:]  # (N, 1 + G) ids of each segment
+    starts = counts.cumsum(1) - counts  # (N, 1 + G)
+    (N, G), P, R = counts[:, 1:].shape, int(counts[:, 0].max()), int(counts[:, 1:].max())
+    line = torch.arange(N, device=place.device)[:, None]  # (N, 1)
+    # From places in the line to segments in rows, padded to R; and back, behind the prefix's P.
+    there = (starts[:, 1:, None] + place[:R]).clamp(max=len(place) - 1).flatten(1)  # (N, G * R)
+    back = place - starts.gather(1, segments.clamp(min=0))  # (N, T): the place in its segment
+    back = (back + (segments > 0) * (P + (segments - 1) * R)).clamp(0, P + G * R - 1)
+    causal = torch.ones(1, 1, max(P, R), max(P, R), dtype=torch.bool, device=place.device).tril()
+    prefix = (place[:P] < counts[:, :1])[:, None, None].expand(N, G, R, P)
+    own = causal[:, :, :R, :R].expand(N, G, R, R)
+    visible = torch.cat((prefix, own), dim=3).flatten(0, 1)[:, None]  # (N * G, 1, R, P + R)
+
+    def attend(layer, q, k, v):  # q (N, H, T, D); k, v (N, KV, T, D)
+        def rows(x):
+            x = x.transpose(1, 2)[line, there]  # (N, G * R, heads, D)
+            return x.unflatten(1, (G, R)).flatten(0, 1).transpose(1, 2)  # (N * G, heads, R, D)
+
+        def behind_prefix(x):
+            return torch.cat((x[:, :, :P].repeat_interleave(G, dim=0), rows(x)), dim=2)
+
+        first = [x[:, :, :P] for x in (q, k, v)]
+        first = attention(layer, *first, causal[:, :, :P, :P])  # (N, H, P, D)
+        rest = attention(layer, rows(q), behind_prefix(k), behind_prefix(v), visible)
+        rest = rest.transpose(1, 2).unflatten(0, (N, G)).flatten(1, 2)  # (N, G * R, H, D)
+        return torch.cat((first.transpose(1, 2), rest), dim=1)[line, back].transpose(1, 2)
+
+    return attend
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(logits)[target], HEAD_CHUNK positions at a time. No logits are kept: the backward
+    pass computes them again, and their gradient by hand: onehot(target) - softmax(logits)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, head, temperature):
+        """hidden (M, C), the head's weight (V, C), targets (M,), head(hidden) -> (M,) float32"""
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.logits = lambda some: head(some).div_(temperature)  # (m, C) -> (m, V) float32
+        ctx.temperature = temperature
+        chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+        logps = [-F.cross_entropy(ctx.logits(h), t, reduction="none") for h, t in chunks]
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)
+        columns = hidden, targets[:, None], grad[:, None] / ctx.temperature
+        for h, t, g in zip(*(column.split(HEAD_CHUNK) for column in columns)):
+            grad_logits = ctx.logits(h).softmax(1).mul_(-g).scatter_add_(1, t, g)  # (m, V)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            grad_weight.addmm_(grad_logits.t(), h)
+        return torch.cat(grad_hidden), grad_weight, None, None, None
 
 
 def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
-    """log pi(target) at the sampling temperature, (N, T) float32, 0 where the mask is 0.
-    Only trained positions meet the vocabulary, HEAD_CHUNK at a time, and again in the backward
-    pass, so that no logits are kept."""
-    hidden = model(batch.ids, batch.positions, shared_prefix(batch))  # (N, T, C)
-
-    def head(hidden, targets):  # (M, C), (M,) -> (M,)
-        logits = model.logits(hidden) / temperature  # (M, V)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
-
-    trained = hidden[batch.mask].split(HEAD_CHUNK), batch.targets[batch.mask].split(HEAD_CHUNK)
-    logps = torch.cat([checkpoint(head, *chunk, use_reentrant=False) for chunk in zip(*trained)])
+    """log pi(target) at the sampling temperature, (N, T) float32, 0 where the mask is 0. Only
+    trained positions meet the vocabulary."""
+    hidden = model(batch.ids, batch.positions, shared_prefix(batch))[batch.mask]  # (M, C)
+    weight, targets = model.head.weight, batch.targets[batch.mask]
+    logps = TargetLogps.apply(hidden, weight, targets, model.logits, temperature)  # (M,)
     return logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logps)
 
 

@@ -84,6 +84,8 @@ def random_model(shape: tuple, options, **changes) -> Decoder:
 
 def open_model(options) -> tuple[Decoder, Chat]:
     """The model to measure. Random weights talk by tiny's chat, whose ids fit any vocabulary."""
+    if options.dtype == "bfloat16":  # as in eval.open_model
+        torch.set_float32_matmul_precision("medium")
     if options.model in SHAPES:
         model, chat = random_model(SHAPES[options.model], options), Chat(ROOT / "tiny")
     else:
@@ -336,7 +338,7 @@ class Plain:
     the mask says, and a plain pass would have none."""
 
     def __init__(self, model: Decoder):
-        self.model, self.logits = model, model.logits
+        self.model, self.logits, self.head = model, model.logits, model.head
 
     def __call__(self, ids, positions, attend):
         return self.model(ids, positions)

@@ -29,10 +29,16 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
         "mask += [i in trained] * (len(turn.ids) - 1) + [False]",
     ),
     (
-        "a reflection sees its siblings",
+        "a reflection sees the padding of a short prefix",
         "rrr.py",
-        "visible = ((other == 0) | (other == mine)).tril()",
-        "visible = (other <= mine).tril()",
+        "(place[:P] < counts[:, :1])",
+        "(place[:P] < P).expand(N, P)",
+    ),
+    (
+        "a reflection sees its own future",
+        "rrr.py",
+        "device=place.device).tril()",
+        "device=place.device)",
     ),
     (
         "each micro-batch has its own denominator",
@@ -43,8 +49,14 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "the loss forgets the temperature",
         "rrr.py",
-        "model.logits(hidden) / temperature",
-        "model.logits(hidden)",
+        "head(some).div_(temperature)",
+        "head(some)",
+    ),
+    (
+        "the loss's gradient forgets the temperature",
+        "rrr.py",
+        "grad[:, None] / ctx.temperature",
+        "grad[:, None]",
     ),
     (
         "the sampler forgets the temperature",
