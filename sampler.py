@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from model import Decoder, UserError
 
-PREFILL_TOKENS = 4096  # tokens (padding included) of one forward pass in `extend`
+# Tokens (padding included) of one forward pass in `extend`: on a CPU few, so that what passes from
+# layer to layer stays within its cache.
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 BUCKET = {"cpu": 32, "cuda": 64}  # decoding attends to the longest row, rounded up to a multiple
 # A GPU should not wait for Python: it looks only every few steps whether rows have finished, and
 # keeps to batches of a multiple of 16 rows, so that few graphs serve all.
@@ -46,8 +48,7 @@ class Cache:
         weight, layers = model.model.embed_tokens.weight, range(model.config.num_hidden_layers)
         self.model, self.capacity = model, capacity
         KV, D = model.config.num_key_value_heads, model.config.head_dim
-        # By layer. Keys lie transposed, as the second factor of q @ keys: on a CPU twice as fast.
-        self.keys = [weight.new_zeros(rows, KV, D, 0) for _ in layers]  # (B, KV, D, S)
+        self.keys = [weight.new_zeros(rows, KV, 0, D) for _ in layers]  # by layer: (B, KV, S, D)
         self.values = [weight.new_zeros(rows, KV, 0, D) for _ in layers]  # (B, KV, S, D)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=weight.device)  # (B,)
         self.hidden = weight.new_zeros(rows, model.config.hidden_size)  # (B, C)
@@ -55,16 +56,16 @@ class Cache:
     def grow(self, longest: int) -> int:
         """Makes room for `longest` tokens a slot; returns how many places to attend to: those, in
         whole buckets. On a CPU, all there are: a product with a part would copy that part first."""
-        size = BUCKET[self.lengths.device.type]
-        S = -(-longest // size) * size
-        if S > self.values[0].shape[2]:
-            for i, (keys, values) in enumerate(zip(self.keys, self.values)):
-                # Zeros, not empty: a masked key has weight 0, but 0 * NaN is NaN.
-                more = S - values.shape[2]
-                self.keys[i] = torch.cat((keys, keys.new_zeros(*keys.shape[:3], more)), dim=3)
-                new = values.new_zeros(*values.shape[:2], more, values.shape[3])
-                self.values[i] = torch.cat((values, new), dim=2)
-        return S if self.lengths.is_cuda else self.values[0].shape[2]
+        size, old = BUCKET[self.lengths.device.type], self.values[0].shape[2]
+        if longest > old:  # by half at least, since all is copied
+            S = max(longest, min(3 * old // 2, self.capacity))
+            more = -(-S // size) * size - old
+            for tensors in (self.keys, self.values):
+                for i, tensor in enumerate(tensors):
+                    # Zeros, not empty: a masked key has weight 0, but 0 * NaN is NaN.
+                    new = tensor.new_zeros(*tensor.shape[:2], more, tensor.shape[3])
+                    tensors[i] = torch.cat((tensor, new), dim=2)
+        return -(-longest // size) * size if self.lengths.is_cuda else self.values[0].shape[2]
 
     def tensors(self) -> list[Tensor]:
         return [self.lengths, self.hidden, *self.keys, *self.values]
@@ -98,12 +99,12 @@ class Cache:
 
         def attend(layer, q, k, v):  # q (b, H, T, D); k, v (b, KV, T, D)
             keys, values = self.keys[layer], self.values[layer]
-            keys[index, :, :, positions] = k.transpose(1, 2)
+            keys[index, :, positions] = k.transpose(1, 2)
             values[index, :, positions] = v.transpose(1, 2)
             # The query heads of one key head become queries of that head: no key is copied.
             q = q.reshape(b * KV, group * T, D)
-            keys, values = keys[rows, :, :, :S].flatten(0, 1), values[rows, :, :S].flatten(0, 1)
-            scores = torch.baddbmm(bias, q, keys, alpha=D**-0.5)  # (b * KV, group * T, S)
+            keys, values = keys[rows, :, :S].flatten(0, 1), values[rows, :, :S].flatten(0, 1)
+            scores = torch.baddbmm(bias, q, keys.mT, alpha=D**-0.5)  # (b * KV, group * T, S)
             return torch.bmm(scores.softmax(-1), values).view(b, KV * group, T, D)
 
         # Padding may lie beyond the context, where there is no rotary position; nobody reads it.
@@ -220,7 +221,7 @@ class Conversations:
         pieces = [pieces[row] for row in by_slot]
         longest = max(map(len, pieces))
         self._check_room(longest)
-        step = max(1, PREFILL_TOKENS // longest)
+        step = max(1, PREFILL_TOKENS[self.cache.hidden.device.type] // longest)
         for start in range(0, len(pieces), step):
             self._extend(slice(start, start + step), pieces[start : start + step])
 

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rrr
+import sampler
 import train
 from eval import pick_device_and_dtype, seeded
 from model import Chat, Decoder, ModelConfig, load, resolve, save
@@ -263,52 +264,43 @@ def sampling(options) -> list[dict]:
     return [alone(sampling_row, options, batch) for batch in options.batches]
 
 
-def stop_by_chance(model: Decoder, prompts, stop: int, p: float) -> None:
-    """From now on the id `stop` comes with a probability of about p at each step: its logit is a
-    constant, which makes it p at the ends of some prompts. Nothing else of the model changes."""
-    ids = torch.tensor(prompts[:8], device=model.cos.device)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    with torch.no_grad():
-        ends = model.logits(model(ids, positions)[:, -1])
-    constant = ends.logsumexp(-1).mean().item() + math.log(p / (1 - p))
-    logits = model.logits
-
-    def changed(hidden):
-        out = logits(hidden)
-        out[..., stop] = constant
-        return out
-
-    model.logits = changed
-
-
 def uneven(options) -> list[dict]:
-    """What uneven lengths cost: turns that stop by chance, against as many rows with about as many
-    real tokens, all equally long, behind the same prompts, whose prefill is not counted. The stop
-    id has probability 1/new at each step (about that, with real weights): geometric lengths, cut at
-    4 * new. The even rows' model is the same, but there that id stops nothing."""
+    """What uneven lengths cost: half of the turns, by lot, end after a tenth of --new tokens and
+    the others after 1.9 times as many (with --new 210: 21 and 399), against as many turns that all
+    end after --new. The same prompts, whose prefill is not counted, and the same number of tokens.
+    Rows that have finished leave the batch; none comes in for them, since a step of training
+    samples all its rows from the start and keeps their caches for the retries."""
     model, _ = open_model(options)
-    rows, cap, vocab = options.batches[-1], 4 * options.new, model.config.vocab_size
-    prompts = random_prompts(rows, options.prompt, vocab)
-    stop_by_chance(model, prompts, 7, 1 / options.new)
-    conversations = Conversations(model, rows, options.prompt + cap)
-    conversations.extend(prompts)
+    new, rows = options.new, []
 
-    def row(name, limit, stops):
-        seconds, lengths = [], []
-        for _ in range(options.runs):
-            fresh = conversations.fork(1)
-            start = now()
-            turns = fresh.sample(limit, stops, seeded(model, "bench"))
-            seconds.append(now() - start)
-            lengths = [len(turn.ids) for turn in turns]
-        row = {"lengths": name, "rows": rows, "tokens": sum(lengths), "min": min(lengths)}
-        row |= {"median": statistics.median(lengths), "max": max(lengths)}
-        return row | {"seconds": min(seconds), "tok/s": sum(lengths) / min(seconds)}
+    class Ending(sampler.Desk):
+        """Whatever is drawn, a row ends at its length."""
 
-    row("warm-up", 4, NO_STOP)
-    ragged = row("uneven", cap, frozenset([7]))
-    even = row("even", round(ragged["tokens"] / rows), NO_STOP)
-    return [even, ragged | {"tok/s, of even": ragged["tok/s"] / even["tok/s"]}]
+        def draw(self, n):
+            super().draw(n)
+            self.alive[:n] &= self.counts[:n] < lengths[self.rows[:n]]
+
+    for batch in options.batches:
+        prompts = random_prompts(batch, options.prompt, model.config.vocab_size)
+        conversations = Conversations(model, batch, options.prompt + 2 * new)
+        conversations.extend(prompts)
+        short = random.Random(0).sample(range(batch), batch // 2)
+        mixed = [new // 10 if i in short else 2 * new - new // 10 for i in range(batch)]
+        seconds = {"even": [], "uneven": []}
+        for _ in range(options.runs):  # in alternation
+            for name, wanted in (("even", [new] * batch), ("uneven", mixed)):
+                lengths, fresh = torch.tensor(wanted, device=options.device), conversations.fork(1)
+                with mock.patch.object(sampler, "Desk", Ending):
+                    start = now()
+                    turns = fresh.sample(2 * new, NO_STOP, seeded(model, "bench"))
+                    seconds[name].append(now() - start)
+                assert [len(turn.ids) for turn in turns] == wanted
+        for name, wanted in (("even", [new]), ("uneven", mixed)):
+            row = {"batch": batch, "lengths": name, "min": min(wanted), "max": max(wanted)}
+            row |= {"seconds": min(seconds[name]), "tok/s": batch * new / min(seconds[name])}
+            rows.append(row)
+        rows[-1]["tok/s, of even"] = min(seconds["even"]) / min(seconds["uneven"])
+    return rows
 
 
 # ---- the training pass ----
