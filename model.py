@@ -211,18 +211,17 @@ def rope_tables(config: ModelConfig, n: int) -> tuple[torch.Tensor, torch.Tensor
     return angles.cos() * scale, angles.sin() * sign * scale
 
 
-def attention(layer: int, q, k, v, visible: torch.Tensor | None = None) -> torch.Tensor:
+def attention(layer: int, q, k, v, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Attention within each row: q (B, H, T, D), k and v (B, KV, S, D) -> (B, H, T, D). A query
-    sees itself and what is before it, or as `visible` (B or 1, 1, T, S) says. enable_gqa is not
-    used: it falls to a slow path for some devices and dtypes."""
+    sees itself and what is before it, or where `bias` is 0, not -inf: (B or 1, 1, H / KV * T, S),
+    once for each of the heads that share a key head. enable_gqa is not used: it falls to a slow
+    path for some devices and dtypes."""
     (B, H, T, D), KV = q.shape, k.shape[1]
-    group = H // KV  # query heads that share a key head are neighbours
-    if visible is None:  # the kernels for this skip what is not seen
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if bias is None:  # the kernels for this skip what is not seen
+        k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # Nothing is repeated: the heads that share a key head become more queries of that head.
-    q, visible = q.reshape(B, KV, group * T, D), visible.repeat(1, 1, group, 1)
-    return F.scaled_dot_product_attention(q, k, v, visible).view(B, H, T, D)
+    # Nothing is repeated: the heads that share a key head, neighbours, are more queries of it.
+    return F.scaled_dot_product_attention(q.reshape(B, KV, -1, D), k, v, bias).view(B, H, T, D)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -324,24 +324,32 @@ def make_batches(
 # ---- the training pass: the prefix once, the reflections on it ----
 
 
-def shared_prefix(batch: Batch):
+def shared_prefix(model: Decoder, batch: Batch):
     """The attention strategy of the training pass: a segment sees the prefix and itself. The
     prefixes attend causally; then each segment, in a row of its own, attends to its prefix's keys
     and to its own. No two segments are multiplied with each other, as they would be under a mask
     of (T, T)."""
-    segments, place = batch.segments, torch.arange(batch.segments.shape[1], device=batch.ids.device)
+    segments, device = batch.segments, batch.segments.device
     counts = F.one_hot(segments + 1).sum(1)[:, 1:]  # (N, 1 + G) ids of each segment
     starts = counts.cumsum(1) - counts  # (N, 1 + G)
-    (N, G), P, R = counts[:, 1:].shape, int(counts[:, 0].max()), int(counts[:, 1:].max())
-    line = torch.arange(N, device=place.device)[:, None]  # (N, 1)
+    (N, G), T = counts[:, 1:].shape, segments.shape[1]
+    P, R = int(counts[:, 0].max()), int(counts[:, 1:].max())
+    R += -(P + R) % 8  # what kernels on a GPU want
+    line, place = torch.arange(N, device=device)[:, None], torch.arange(T + R, device=device)
     # From places in the line to segments in rows, padded to R; and back, behind the prefix's P.
-    there = (starts[:, 1:, None] + place[:R]).clamp(max=len(place) - 1).flatten(1)  # (N, G * R)
-    back = place - starts.gather(1, segments.clamp(min=0))  # (N, T): the place in its segment
+    there = (starts[:, 1:, None] + place[:R]).clamp(max=T - 1).flatten(1)  # (N, G * R)
+    back = place[:T] - starts.gather(1, segments.clamp(min=0))  # (N, T): places in the segments
     back = (back + (segments > 0) * (P + (segments - 1) * R)).clamp(0, P + G * R - 1)
-    causal = torch.ones(1, 1, max(P, R), max(P, R), dtype=torch.bool, device=place.device).tril()
+
+    def bias(visible):  # (B, T, S) -> (B, 1, H / KV * T, S)
+        group = model.config.num_attention_heads // model.config.num_key_value_heads
+        zeros = model.head.weight.new_zeros(visible.shape)
+        return zeros.masked_fill(~visible, -torch.inf).repeat(1, group, 1)[:, None]
+
     prefix = (place[:P] < counts[:, :1])[:, None, None].expand(N, G, R, P)
-    own = causal[:, :, :R, :R].expand(N, G, R, R)
-    visible = torch.cat((prefix, own), dim=3).flatten(0, 1)[:, None]  # (N * G, 1, R, P + R)
+    own = (place[:R] <= place[:R, None]).expand(N, G, R, R)
+    first_bias = bias((place[:P] <= place[:P, None])[None])  # (1, 1, H / KV * P, P)
+    rest_bias = bias(torch.cat((prefix, own), dim=3).flatten(0, 1))  # (N * G, 1, H / KV * R, P + R)
 
     def attend(layer, q, k, v):  # q (N, H, T, D); k, v (N, KV, T, D)
         def rows(x):
@@ -351,9 +359,8 @@ def shared_prefix(batch: Batch):
         def behind_prefix(x):
             return torch.cat((x[:, :, :P].repeat_interleave(G, dim=0), rows(x)), dim=2)
 
-        first = [x[:, :, :P] for x in (q, k, v)]
-        first = attention(layer, *first, causal[:, :, :P, :P])  # (N, H, P, D)
-        rest = attention(layer, rows(q), behind_prefix(k), behind_prefix(v), visible)
+        first = attention(layer, *(x[:, :, :P] for x in (q, k, v)), first_bias)  # (N, H, P, D)
+        rest = attention(layer, rows(q), behind_prefix(k), behind_prefix(v), rest_bias)
         rest = rest.transpose(1, 2).unflatten(0, (N, G)).flatten(1, 2)  # (N, G * R, H, D)
         return torch.cat((first.transpose(1, 2), rest), dim=1)[line, back].transpose(1, 2)
 
@@ -390,7 +397,7 @@ class TargetLogps(torch.autograd.Function):
 def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
     """log pi(target) at the sampling temperature, (N, T) float32, 0 where the mask is 0. Only
     trained positions meet the vocabulary."""
-    hidden = model(batch.ids, batch.positions, shared_prefix(batch))[batch.mask]  # (M, C)
+    hidden = model(batch.ids, batch.positions, shared_prefix(model, batch))[batch.mask]  # (M, C)
     weight, targets = model.head.weight, batch.targets[batch.mask]
     logps = TargetLogps.apply(hidden, weight, targets, model.logits, temperature)  # (M,)
     return logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, logps)

@@ -323,14 +323,15 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
     # Twice: the conversations, and the fixed memory of CUDA graphs. On a CPU the blocked weights.
     sampling = {"cache": cache * (2 if cuda else 1), "logits": 3 * config.sample_rows * V * 4}
     sampling["blocked weights"] = 0 if cuda else size * weights
-    line = prompt + config.attempt_tokens + config.group_size * config.reflection_tokens
-    tokens = max(config.micro_batch_tokens, line)
-    inside = tokens * (size * (6 * C + 3 * (H + 2 * KV) * D + 5 * inner) + 8 * C)  # a layer's
-    inside += 3 * tokens * line  # the mask, and as attention wants it
+    prefix, own = prompt + config.attempt_tokens, config.reflection_tokens
+    tokens = max(config.micro_batch_tokens, prefix + config.group_size * own)
+    keys = (prefix + own) / own  # for each trained token: a reflection's, and its prefix's again
+    inside = size * (6 * C + 5 * H * D + (6 + 2 * keys) * KV * D + 5 * inner) + 8 * C  # a layer's
     training = {
         "gradients": 4 * weights * here,
-        "activations": inside + L * tokens * C * size if config.checkpointing else L * inside,
-        "head": 4 * min(HEAD_CHUNK, tokens) * V * 4,
+        "activations": tokens * (L * C * size + inside if config.checkpointing else L * inside),
+        "mask": tokens * (prefix + own) * (H // KV) * size,
+        "head": min(HEAD_CHUNK, tokens) * V * 8 + V * C * (size + 4 * (not cuda)),
         "kept by graphs": cache if cuda else 0,
     }
     parts = steady | sampling | training

@@ -330,10 +330,13 @@ class Plain:
     the mask says, and a plain pass would have none."""
 
     def __init__(self, model: Decoder):
-        self.model, self.logits, self.head = model, model.logits, model.head
+        self.decoder = model
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
 
     def __call__(self, ids, positions, attend):
-        return self.model(ids, positions)
+        return self.decoder(ids, positions)
 
 
 def useful_flops(model: Decoder, batches: list[Batch]) -> int:

@@ -31,14 +31,14 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "a reflection sees the padding of a short prefix",
         "rrr.py",
-        "(place[:P] < counts[:, :1])",
-        "(place[:P] < P).expand(N, P)",
+        "prefix = (place[:P] < counts[:, :1])",
+        "prefix = (place[:P] < P).expand(N, P)",
     ),
     (
         "a reflection sees its own future",
         "rrr.py",
-        "device=place.device).tril()",
-        "device=place.device)",
+        "own = (place[:R] <= place[:R, None])",
+        "own = (place[:R] <= place[:R, None] + R)",
     ),
     (
         "each micro-batch has its own denominator",
