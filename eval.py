@@ -13,13 +13,14 @@ import re
 import sys
 import types
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from model import UserError, check, explain, load, resolve
+from model import UserError, check, explain, load, read_json, resolve
 from rrr import Episode, Rollout, Sampling
 from tasks import get_task
 
@@ -55,17 +56,14 @@ class Config(Common):
 def profile(model: str, cuda: bool) -> dict:
     """Defaults that depend on the model and the device, so that no flag is needed."""
     small = model == "tiny"
-    if Path(model).is_dir():
-        try:
-            config = json.loads((resolve(model) / "config.json").read_text())
-            small = config["hidden_size"] <= 256
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # load() will say what is wrong with it
+    with suppress(OSError, UserError, KeyError, TypeError):  # load() will say what is wrong
+        if Path(model).is_dir():
+            small = read_json(resolve(model) / "config.json")["hidden_size"] <= 256
     if small:
         turns = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
         much = {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
         return turns | much | {"difficulty": "3x12", "steps": 45, "lr": 3e-4}
-    if cuda:  # 1.5B and its float32 masters, moments, gradients and reference fit 40 GB so
+    if cuda:  # 1.5B with masters, moments, gradients and reference takes about 50 GB so
         return {"checkpointing": True, "micro_batch_tokens": 8192}
     turns = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
     much = {"sample_rows": 32, "pool_problems": 16, "micro_batch_tokens": 2048, "eval_n": 16}

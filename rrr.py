@@ -169,9 +169,8 @@ class Rollout:
         """In place of `reflect`, for controls: each failure is given a reflection not its own."""
         glue = [self.chat.glue(self.task.reflect, failure.attempt.ids[-1]) for failure in failures]
         conversations.extend([piece + ids for piece, ids in zip(glue, reflections)])
-        texts = map(self.chat.decode, reflections)
-        rows = zip(glue, reflections, texts)
-        turns = [Turn(piece, ids, [], text, True) for piece, ids, text in rows]
+        pairs, decode = zip(glue, reflections), self.chat.decode
+        turns = [Turn(piece, ids, [], decode(ids), True) for piece, ids in pairs]
         return [replace(failure, reflection=turn) for failure, turn in zip(failures, turns)]
 
     def retry(self, episodes, conversations, R: int, generator, desc="retries") -> None:
@@ -189,11 +188,10 @@ class Rollout:
             episode.reward = sum(verdict["ok"] for verdict in verdicts) / R
 
     def _write(self, conversations, prompts, max_tokens, generator, desc) -> list[Turn]:
-        stops = self.chat.stop_ids
+        stops, decode = self.chat.stop_ids, self.chat.decode
         sampled = conversations.sample(max_tokens, stops, generator, desc=desc, **self.drawing)
-        texts = [self.chat.decode(s.ids) for s in sampled]
-        rows = zip(prompts, sampled, texts)
-        return [Turn(prompt, s.ids, s.logps, text, s.stopped) for prompt, s, text in rows]
+        pairs = zip(prompts, sampled)
+        return [Turn(ids, s.ids, s.logps, decode(s.ids), s.stopped) for ids, s in pairs]
 
     def _verify(self, problem, turn):
         return asdict(self.task.verify(problem, turn.text))
@@ -252,21 +250,13 @@ def spans(episode: Episode, train_on: str) -> tuple[list[int], list[int], list[b
     is trained like any other; a turn that was cut has none."""
     trained = TRAINED_TURNS[train_on]
     turns = [episode.attempt, episode.reflection, *episode.retries[:1]][: trained[-1] + 1]
-    prefix, ids, mask, logps = [], [], [], []
+    ids, mask, logps = [], [], []
     for i, turn in enumerate(turns):
-        if i <= trained[0]:
-            prefix += turn.prompt_ids
-        else:
-            ids += turn.prompt_ids
-            mask += [False] * len(turn.prompt_ids)
-            logps += [0.0] * len(turn.prompt_ids)
-        if i < trained[0]:
-            prefix += turn.ids
-        else:
-            ids += turn.ids
-            mask += [i in trained] * len(turn.ids)
-            logps += turn.logps
-    return prefix, ids, mask, logps
+        ids += turn.prompt_ids + turn.ids
+        mask += [False] * len(turn.prompt_ids) + [i in trained] * len(turn.ids)
+        logps += [0.0] * len(turn.prompt_ids) + turn.logps
+    start = mask.index(True)
+    return ids[:start], ids[start:], mask[start:], logps[start:]
 
 
 def make_batches(
@@ -311,14 +301,13 @@ def make_batches(
             cuts[-1].append(columns)
         else:
             cuts.append([columns])
-    batches = []
-    for some in cuts:
-        T = len(some[0][0])
-        padded = []
-        for column, padding in zip(zip(*some), (0, -1, 0, 0, False, 0.0, 0.0, 0.0)):
-            padded.append(torch.tensor([row + [padding] * (T - len(row)) for row in column]))
-        batches.append(Batch(*padded))
-    return batches
+
+    def pad(column, padding):
+        T = max(map(len, column))
+        return torch.tensor([row + [padding] * (T - len(row)) for row in column])  # (N, T)
+
+    paddings = (0, -1, 0, 0, False, 0.0, 0.0, 0.0)  # in the order of Batch's fields
+    return [Batch(*map(pad, zip(*lines), paddings)) for lines in cuts]
 
 
 # ---- the training pass: the prefix once, the reflections on it ----

@@ -249,10 +249,8 @@ def update(model, reference, optimizer, batches, config: Config, step: int) -> d
         for batch, ref, old in zip(batches, refs, olds):
             logps = trained_logps(model, batch, T)  # (N, T)
             old = logps.detach() if old is None else old
-            clip = (config.clip_low, config.clip_high)
-            loss, seen = grpo_loss(
-                logps, old, batch.advantages, batch.weights, ref, config.kl_beta, *clip
-            )
+            how = ref, config.kl_beta, config.clip_low, config.clip_high
+            loss, seen = grpo_loss(logps, old, batch.advantages, batch.weights, *how)
             loss.backward()
             loss_sum += loss.item() / updates
             seen = {name: values / updates for name, values in seen.items()}
@@ -307,9 +305,8 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
     starts. `sampling` and `training` are the two peaks; the largest turn caps are assumed."""
     device, dtype = pick_device_and_dtype(config)
     cuda, size = device == "cuda", 2 if dtype == "bfloat16" else 4
-    C, inner, V = model.hidden_size, model.intermediate_size, model.vocab_size
+    C, inner, V, D = model.hidden_size, model.intermediate_size, model.vocab_size, model.head_dim
     L, H, KV = model.num_hidden_layers, model.num_attention_heads, model.num_key_value_heads
-    D = model.head_dim
     weights = L * C * ((2 * H + 2 * KV) * D + 3 * inner) + (2 - model.tie_word_embeddings) * V * C
     here = config.optimizer_device == "same"
     kept = 12 if size == 2 else 8  # bytes by weight: moments, and masters (float32 are their own)
@@ -318,12 +315,14 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
         "reference": size * weights * (config.kl_beta > 0),
         "masters and moments": kept * weights * here,
     }
-    conversation = prompt + config.attempt_tokens + config.reflection_tokens + config.retry_tokens
-    cache = config.sample_rows * conversation * 2 * L * KV * D * size
-    # Twice: the conversations, and the fixed memory of CUDA graphs. On a CPU the blocked weights.
-    sampling = {"cache": cache * (2 if cuda else 1), "logits": 3 * config.sample_rows * V * 4}
-    sampling["blocked weights"] = 0 if cuda else size * weights
     prefix, own = prompt + config.attempt_tokens, config.reflection_tokens
+    token = config.sample_rows * 2 * L * KV * D * size  # of every conversation
+    cache = token * (prefix + own + config.retry_tokens)
+    # An evaluation keeps its attempts for the controls. On a GPU there is the fixed memory of CUDA
+    # graphs, too, and on a CPU the blocked weights.
+    sampling = {"cache": cache * (2 if cuda else 1) + token * prefix}
+    sampling["logits"] = 3 * config.sample_rows * V * 4
+    sampling["blocked weights"] = 0 if cuda else size * weights
     tokens = max(config.micro_batch_tokens, prefix + config.group_size * own)
     keys = (prefix + own) / own  # for each trained token: a reflection's, and its prefix's again
     inside = size * (6 * C + 5 * H * D + (6 + 2 * keys) * KV * D + 5 * inner) + 8 * C  # a layer's

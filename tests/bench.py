@@ -285,7 +285,8 @@ def uneven(options) -> list[dict]:
         conversations = Conversations(model, batch, options.prompt + 2 * new)
         conversations.extend(prompts)
         short = random.Random(0).sample(range(batch), batch // 2)
-        mixed = [new // 10 if i in short else 2 * new - new // 10 for i in range(batch)]
+        least = max(1, new // 10)
+        mixed = [least if i in short else 2 * new - least for i in range(batch)]
         seconds = {"even": [], "uneven": []}
         for _ in range(options.runs):  # in alternation
             for name, wanted in (("even", [new] * batch), ("uneven", mixed)):

@@ -25,8 +25,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "the stop token is not trained",
         "rrr.py",
-        "mask += [i in trained] * len(turn.ids)",
-        "mask += [i in trained] * (len(turn.ids) - 1) + [False]",
+        "+ [i in trained] * len(turn.ids)",
+        "+ [i in trained] * (len(turn.ids) - 1) + [False]",
     ),
     (
         "a reflection sees the padding of a short prefix",

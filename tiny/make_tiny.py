@@ -160,11 +160,7 @@ def encode(problem, turns, task, chat, glues, given):
     for i, text in enumerate(turns):
         written = chat.encode(text + "<|im_end|>")
         glue = glues[i] if i + 1 < len(turns) else []
-        skipped = 0
-        if i == 0 and given:
-            skipped = len(written)
-        elif i == 1 and given == 2:
-            skipped = 1
+        skipped = len(written) if i == 0 and given else int(i == 1 and given == 2)
         ids += written + glue
         trained += [False] * skipped + [True] * (len(written) - skipped) + [False] * len(glue)
     return ids, trained
