@@ -165,6 +165,33 @@ def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing, m
         assert torch.allclose(torch.sort(got)[0], torch.sort(torch.cat(plain))[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_in_bfloat16_the_gradient_points_where_it_does_in_float32(precision, monkeypatch):
+    """Prevents: a gradient of the head in the wrong dtype; products of the head that round their
+    result to bfloat16, at the precision that eval.py asks for."""
+    monkeypatch.setattr(rrr, "HEAD_CHUNK", 50)
+    batches = make_batches(make_episodes(seed=1), "reflection", "token", 0, 10**6)
+    coarse = random_model().bfloat16()
+    exact = copy.deepcopy(coarse).float()  # the same weights
+    flat = []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for model in (coarse, exact):
+            grads = gradient(model, total_loss(model, batches, temperature=0.8))
+            flat.append(torch.cat([grad.flatten().double() for grad in grads.values()]))
+        hidden = torch.randn(64, 32).bfloat16()
+        with torch.no_grad():
+            logits = coarse.logits(hidden)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    angle = 1 - torch.cosine_similarity(*flat, dim=0)
+    close("gradient, bfloat16 and float32, 1 - cosine", angle, 0.02)
+    close("its length", abs(flat[0].norm() / flat[1].norm() - 1), 0.05)
+    true = hidden.double() @ coarse.head.weight.double().t()
+    close("logits of bfloat16 weights", (logits - true).abs().max() / true.abs().max(), 1e-5)
+
+
 @pytest.mark.parametrize("norm", ["token", "sequence", "constant"])
 def test_micro_batches_do_not_change_the_gradient(small, norm):
     """Prevents: a denominator per micro-batch."""
