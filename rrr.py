@@ -323,7 +323,7 @@ def shared_prefix(model: Decoder, batch: Batch):
     starts = counts.cumsum(1) - counts  # (N, 1 + G)
     (N, G), T = counts[:, 1:].shape, segments.shape[1]
     P, R = int(counts[:, 0].max()), int(counts[:, 1:].max())
-    R += -(P + R) % 8  # what kernels on a GPU want
+    R += -(P + R) % 8  # rows of a mask in multiples of 8 spare a GPU a copy of it
     line, place = torch.arange(N, device=device)[:, None], torch.arange(T + R, device=device)
     # From places in the line to segments in rows, padded to R; and back, behind the prefix's P.
     there = (starts[:, 1:, None] + place[:R]).clamp(max=T - 1).flatten(1)  # (N, G * R)

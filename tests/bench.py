@@ -172,8 +172,7 @@ def step_weights(model: Decoder) -> list[torch.Tensor]:
     """The matrices (out, in) that each token meets: the layers' in order, and the head's."""
     embedding = model.model.embed_tokens.weight
     layers = [p for p in model.model.parameters() if p.dim() == 2 and p is not embedding]
-    head = model.lm_head.weight if model.lm_head else embedding
-    return [w.detach() for w in [*layers, head]]
+    return [w.detach() for w in [*layers, model.head.weight]]
 
 
 def floor(model: Decoder, batch: int, length: int, options) -> tuple[float, float]:
