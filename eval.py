@@ -176,7 +176,7 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=(), des
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         failures, start = [attempts[row] for row in rows], start.select(rows)
         if rows:
-            branch = start.fork(1)
+            branch = start.fork(1) if controls else start
             told, branch = rollout.reflect(failures, branch, 1, generator, f"{desc}: reflections")
             rollout.retry(told, branch, 1, generator, f"{desc}: retries")
             for row, episode in zip(rows, told):

@@ -318,8 +318,8 @@ def predict_memory(config: Config, model: ModelConfig, prompt: int) -> dict[str,
     prefix, own = prompt + config.attempt_tokens, config.reflection_tokens
     token = config.sample_rows * 2 * L * KV * D * size  # of every conversation
     cache = token * (prefix + own + config.retry_tokens)
-    # An evaluation keeps its attempts for the controls. On a GPU there is the fixed memory of CUDA
-    # graphs, too, and on a CPU the blocked weights.
+    # While an evaluation reflects, its attempts' cache is still there. On a GPU there is the fixed
+    # memory of CUDA graphs, too, and on a CPU the blocked weights.
     sampling = {"cache": cache * (2 if cuda else 1) + token * prefix}
     sampling["logits"] = 3 * config.sample_rows * V * 4
     sampling["blocked weights"] = 0 if cuda else size * weights
