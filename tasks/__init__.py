@@ -4,13 +4,13 @@ A new task is one file with a subclass of `Task` and one line in TASKS.
 """
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import UserError, check, hub_download
+from model import check, explain, hub_download
 
 TASKS = {
     "countdown": "tasks.countdown:Countdown",
@@ -20,7 +20,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok`, or else `error`, one of the task's categories, and `detail`, which is for people."""
+    """`ok`, or else `error`, one of the task's categories, and `detail`, for people."""
 
     ok: bool
     error: str = ""
@@ -28,83 +28,79 @@ class Verdict:
 
 
 class Task:
-    """What rrr.py, train.py and eval.py ask of a task. A problem is a plain dict (JSON) with a
-    "key", equal for problems that are the same, so that none crosses from train to test."""
+    """What training and evaluation ask of a task, beside its `name` and `errors` (the
+    verifier's categories), and what the user says: `reflect` after a failure, `retry` after
+    the reflection. `generic_reflection` is eval.py's control: one for every problem.
 
-    name: str
-    errors: tuple[str, ...]  # the verifier's categories
-    reflect: str  # what the user says after a failure
-    retry: str  # what the user says after the reflection
-    generic_reflection: str  # eval.py's control: one reflection for every problem
-
-    def __init__(self, data: str | None = None, difficulty: str | None = None):
-        """`data`: what load_rows reads; without it the task makes its own problems."""
+    A problem is a plain dict (JSON). Its "key" is the same for problems that are the same.
+    """
 
     def problems(self, split: str, n: int, seed: int) -> list[dict]:
         """At most n distinct problems of "train" or "test"; the same for the same seed."""
+        return pick(self.rows, split, n, seed)
 
     def messages(self, problem: dict, native_tools: bool = False) -> list[dict]:
-        """Chat messages. native_tools: the model's chat template itself shows tools(problem)."""
+        """Chat messages. native_tools: the chat template itself shows tools(problem)."""
 
     def tools(self, problem: dict) -> list[dict] | None:
-        """The tools on offer, if the task has any: {"type": "function", "function": SCHEMA}."""
-        return None
+        """[{"type": "function", "function": SCHEMA}], if the task has tools."""
+        return problem.get("tools")
 
     def verify(self, problem: dict, text: str) -> Verdict:
-        """Judge an answer. Pure: no printing, no randomness, no eval; `text` is untrusted."""
+        """Judge an answer. `text` is untrusted: whatever it holds, this raises nothing."""
 
 
-def get_task(name: str, data: str | None = None, difficulty: str | None = None) -> Task:
+def get_task(name: str, data: str = "", difficulty: str = "") -> Task:
+    """The task of this name. UserError if there is none, or if it refuses its data."""
     check(name in TASKS, f"there is no task '{name}'; the tasks are: {', '.join(TASKS)}.")
-    module, cls = TASKS[name].split(":")
-    return getattr(importlib.import_module(module), cls)(data, difficulty)
+    check(not (data and difficulty), "difficulty is for a task's own problems, not data's.")
+    module, task = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), task)(data, difficulty)
 
 
 def in_test(key: str) -> bool:
-    """One problem in five is for testing, by a hash: no list to keep, no seed to agree on."""
+    """One problem in five is for testing, by a hash: no list of them, no seed."""
     return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
 
 
-def pick(problems: list[dict], split: str, n: int, seed: int) -> list[dict]:
-    """n problems of one split, drawn without repetition; fewer if there are not so many."""
-    some = [p for p in problems if in_test(p["key"]) == (split == "test")]
-    random.Random(seed).shuffle(some)
-    return some[:n]
+def pick(rows: list[dict], split: str, n: int, seed: int) -> list[dict]:
+    """At most n problems of one split, one of each key. A problem may name its split."""
+    chosen = {}
+    for row in rows:
+        by_hash = "test" if in_test(row["key"]) else "train"
+        if (row.get("split") or by_hash) == split:
+            chosen.setdefault(row["key"], row)
+    chosen = list(chosen.values())
+    random.Random(seed).shuffle(chosen)
+    return chosen[:n]
 
 
-def load_rows(data: str) -> list[tuple[str, dict]]:
-    """Rows of a JSON (a list of objects), JSON Lines or .parquet file, local or a hub dataset's
-    (`owner/name:path`), each with its place ("FILE, line 3"), which begins complaints about it."""
+def without_thinking(text: str) -> str:
+    """What a model says after its thoughts, which the prompt may have opened."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def load_rows(data: str) -> list[dict]:
+    """The rows of a JSON (a list of objects), JSON Lines or .parquet file, which may be in
+    a hub dataset (`owner/name:path`)."""
     path = Path(data)
-    if not path.exists() and ":" in data and "/" in data.split(":")[0]:
-        repo, inner = data.split(":", 1)
+    repo, _, inner = data.partition(":")
+    if not path.exists() and "/" in repo and inner:
         path = hub_download(repo, [inner], repo_type="dataset") / inner
-    hint = "(a hub dataset's file is named owner/name:path)"
-    check(path.is_file(), f"the data file {data} does not exist {hint}.")
-    kind = "parquet" if path.suffix == ".parquet" else "UTF-8 JSON"
-    place, rows = str(path), []
-    try:
-        if kind == "parquet":
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(_read_parquet(path), 1)]
-        elif (text := path.read_text(encoding="utf-8")).lstrip().startswith("["):
-            rows = [(f"{path}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+    check(path.is_file(), f"the data file {data} does not exist (a hub's: NAME:PATH).")
+    errors = (ImportError, OSError, ValueError, RecursionError)
+    with explain(f"{data} cannot be read as UTF-8 JSON or parquet", *errors):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # not in requirements.txt: few have such files
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            for i, line in enumerate(text.split("\n"), 1):
-                place = f"{path}, line {i}"
-                if line.strip():
-                    rows.append((place, json.loads(line)))
-    except (OSError, ValueError, RecursionError) as error:  # pyarrow's are of these kinds, too
-        raise UserError(f"{place} cannot be read as {kind}: {error}.") from None
-    check(rows, f"the data file {path} is empty.")
-    for place, row in rows:
-        check(isinstance(row, dict), f"{place} must be an object, found {type(row).__name__}.")
+            text = path.read_text(encoding="utf-8")
+            if not text.lstrip().startswith("["):  # a row on each line, as errors name it
+                lines = text.split("\n")  # not splitlines(): a string may hold U+2028
+                text = "[" + ",\n".join(filter(str.strip, lines)) + "]"
+            rows = json.loads(text)
+    check(rows, f"the data file {data} is empty.")
+    for number, row in enumerate(rows, 1):
+        check(isinstance(row, dict), f"{data}, row {number} is no object: {row!r:.40}.")
     return rows
-
-
-def _read_parquet(path):
-    convert = "pd.read_parquet(FILE).to_json('data.jsonl', orient='records', lines=True)"
-    hint = f"pip install pyarrow, or make it JSON Lines with pandas: {convert}"
-    check(importlib.util.find_spec("pyarrow"), f"{path} needs pyarrow: {hint}.")
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path).to_pylist()

@@ -1,4 +1,5 @@
-"""Countdown's verifier against exact arithmetic, and mistakes of published ones (each named)."""
+"""Countdown's verifier against exact arithmetic, and mistakes of published ones (each
+named)."""
 
 import itertools
 import json
@@ -28,12 +29,23 @@ def verdict(answer, nums=(3, 4, 5), target=17, tags=True):
         "<answer>\n3 * 4\n+ 5\n</answer>",  # so is a line break
         "I think so: <answer>(3*4)+5</answer> which is 17.",  # and text behind
         "<answer>3 × 4 + 5</answer>",
-        "<answer>5+4+3</answer> no, <answer>5 − −3</answer> no, <answer>5+4*3</answer>",  # the last
+        # The last one counts.
+        "<answer>5+4+3</answer> no, <answer>5 − −3</answer> no, <answer>5+4*3</answer>",
         "<answer>unfinished <answer>5+4*3</answer>",
         "<answer>-3+4*5</answer>",
+        "<answer>17 = 3*4+5</answer>",  # the target on the left
+        "<answer>+3*+4--5</answer>",  # signs, which the prompt does not forbid
+        "<answer>-3*-4+(-(-5))</answer>",
+        "<answer>-(-3*4)+-(-5)</answer>",
+        "<answer>5+4+3</answer></answer> <answer>5+4*3</answer></answer>",
+        "<think>Is it <answer>3+4+5</answer>?</think> <answer>3*4+5</answer>",
+        # The prompt may have opened the thinking.
+        "is it <answer>3+4+5</answer>?</think> <answer>3*4+5</answer>",
+        "<answer>3*4+5</answer><think>or <answer>3+4+5</answer>",
     ],
 )
 def test_right_answers_are_accepted(text):
+    """Prevents: a right answer punished for how it is written."""
     assert TASK.verify({"nums": [3, 4, 5], "target": 17}, text).ok
 
 
@@ -45,7 +57,14 @@ def test_right_answers_are_accepted(text):
         ("7//2+8", [7, 2, 8], 11, "not an equation"),
         ("97**96**95**94", [97, 96, 95, 94], 10, "not an equation"),  # published: hangs
         ("3*4+5 = 18", [3, 4, 5], 17, "not an equation"),
-        ("17 = 3*4+5", [3, 4, 5], 17, "not an equation"),
+        ("18 = 3*4+5", [3, 4, 5], 17, "not an equation"),
+        ("17 = 3*4+5 = 17", [3, 4, 5], 17, "not an equation"),
+        ("17 = 17", [3, 4, 5], 17, "wrong numbers"),
+        ("= 17", [3, 4, 5], 17, "not an equation"),
+        ("3*4+5 =", [3, 4, 5], 17, "not an equation"),
+        ("3*/4+5", [3, 4, 5], 17, "not an equation"),
+        ("3*4+5-", [3, 4, 5], 17, "not an equation"),
+        ("- - 3", [3], -3, "missed target"),
         ("3 4 + 5", [3, 4, 5], 39, "not an equation"),  # no juxtaposition
         ("34-5", [3, 4, 5], 29, "wrong numbers"),  # digits glued
         ("3*4+5+0", [3, 4, 5], 17, "wrong numbers"),
@@ -65,14 +84,24 @@ def test_right_answers_are_accepted(text):
     ],
 )
 def test_wrong_answers_get_their_category(answer, nums, target, error):
+    """Prevents: a wrong answer rewarded; a verifier that runs what it reads."""
     got = verdict(answer, nums, target)
     assert (got.ok, got.error) == (False, error), got
 
 
-@pytest.mark.parametrize(
-    "text", ["", "17", "<answer>", "<answer>3*4+5", "3*4+5</answer>", "answer: 3*4+5"]
-)
+NO_ANSWER = ["", "17", "<answer>", "<answer>3*4+5", "3*4+5</answer>", "answer: 3*4+5"]
+THOUGHT = [
+    "<think><answer>3*4+5</answer>",  # cut while it was thinking
+    "<think><answer>3*4+5</answer></think>",
+    "<answer>3*4+5</answer></think>",
+    "<think></think><think><answer>3*4+5</answer>",
+    "<think><answer></think>3*4+5</answer>",
+]
+
+
+@pytest.mark.parametrize("text", NO_ANSWER + THOUGHT)
 def test_no_answer(text):
+    """Prevents: a reward for what a model only thought of."""
     assert TASK.verify({"nums": [3, 4, 5], "target": 17}, text).error == "no answer"
 
 
@@ -82,7 +111,9 @@ def expressions(nums):
         yield str(nums[0]), Fraction(nums[0])
         return
     for cut in range(1, len(nums)):
-        for (a, x), (b, y) in itertools.product(expressions(nums[:cut]), expressions(nums[cut:])):
+        for (a, x), (b, y) in itertools.product(
+            expressions(nums[:cut]), expressions(nums[cut:])
+        ):
             for operator in "+-*/":
                 value = None
                 if x is not None and y is not None and not (operator == "/" and y == 0):
@@ -92,7 +123,8 @@ def expressions(nums):
 
 
 def test_every_expression_over_three_numbers_up_to_12():
-    """Our verdict is exact arithmetic's for every expression over some triples, all orders."""
+    """Our verdict is exact arithmetic's for every expression over some triples, all
+    orders."""
     triples = list(itertools.combinations_with_replacement(range(1, 13), 3))
     checked = 0
     for nums in random.Random(0).sample(triples, 60):
@@ -107,6 +139,7 @@ def test_every_expression_over_three_numbers_up_to_12():
 
 
 def test_precedence_equals_pythons():
+    """Prevents: 2-3+4 read as 2-(3+4)."""
     rng = random.Random(0)
     for _ in range(3000):
         text = str(rng.randint(1, 99))
@@ -119,38 +152,48 @@ def test_precedence_equals_pythons():
 
 @pytest.mark.parametrize("difficulty", [None, "3x20", "3x12", "4x30"])
 def test_problems_fit_the_published_set(difficulty):
-    """3 to 4 numbers from 1 to 99, targets 10 to 99, solvable in integers; no key in both splits;
-    repeatable."""
+    """3 to 4 numbers from 1 to 99, targets 10 to 99, solvable in integers; no key in both
+    splits; repeatable."""
     task = Countdown(difficulty=difficulty)
     train, test = task.problems("train", 400, 0), task.problems("test", 100, 0)
     assert len(train) == 400 and len(test) == 100
     assert task.problems("train", 400, 0) == train != task.problems("train", 400, 1)
     keys = [p["key"] for p in train + test]
     assert len(set(keys)) == 500
-    assert all(in_test(p["key"]) for p in test) and not any(in_test(p["key"]) for p in train)
+    assert all(in_test(p["key"]) for p in test) and not any(
+        in_test(p["key"]) for p in train
+    )
     for p in train + test:
         assert 10 <= p["target"] <= 99 and all(1 <= x <= task.max_number for x in p["nums"])
         assert p["key"] == f"{','.join(map(str, sorted(p['nums'])))}={p['target']}"
     for p in test[:20]:
         orders = set(itertools.permutations(p["nums"]))
-        assert any(value == p["target"] for order in orders for _, value in expressions(order))
+        assert any(
+            value == p["target"] for order in orders for _, value in expressions(order)
+        )
 
 
 def test_permutations_share_a_key_and_a_small_difficulty_ends():
-    rows = Countdown(difficulty="3x5").problems("train", 10**6, 0)  # must not search for ever
+    """Prevents: one problem in both splits; a search that never ends."""
+    rows = Countdown(difficulty="3x5").problems(
+        "train", 10**6, 0
+    )  # must not search for ever
     assert 50 < len(rows) < 2000
     assert len({(tuple(sorted(p["nums"])), p["target"]) for p in rows}) == len(rows)
 
 
 @pytest.mark.parametrize(
-    "difficulty", ["hard", "3", "x20", "3x", "1x20", "4-3x20", "3x0", "9x20", "3x2000"]
+    "difficulty",
+    ["hard", "34x20", "3-x20", "3", "x20", "3x", "1x20", "4-3x20", "3x0", "9x20", "3x2000"],
 )
 def test_an_unknown_difficulty_is_refused_by_name(difficulty):
+    """Prevents: a typing mistake that trains on something else."""
     with pytest.raises(UserError, match="difficulty"):
         Countdown(difficulty=difficulty)
 
 
 def test_a_data_file_is_read_once_for_each_problem(tmp_path):
+    """Prevents: a problem that counts twice."""
     rows = [{"nums": [i, 50, 7], "target": 60 + i % 30} for i in range(100)]
     rows += [{"nums": [7, 50, 3], "target": 63}]  # row 3, permuted
     lines = "\n".join(map(json.dumps, rows)) + "\n"
@@ -164,11 +207,11 @@ def test_a_data_file_is_read_once_for_each_problem(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2]}\n', ["line 2", "target"]),
+        ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2]}\n', ["row 2", "target"]),
         ('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2\n', ["line 2", "JSON"]),
-        ('{"nums": "1 2", "target": 3}\n', ["line 1", "nums"]),
-        ('{"nums": [1, true], "target": 3}\n', ["line 1", "nums"]),
-        ('{"nums": [1, 2], "target": "3"}\n', ["line 1", "target"]),
+        ('{"nums": "1 2", "target": 3}\n', ["row 1", "nums"]),
+        ('{"nums": [1, true], "target": 3}\n', ["row 1", "nums"]),
+        ('{"nums": [1, 2], "target": "3"}\n', ["row 1", "target"]),
         ('[{"nums": [1, 2], "target": 3}, 5]', ["row 2", "object"]),
         ("[", ["cannot be read as UTF-8 JSON"]),
         ("", ["empty"]),
@@ -177,6 +220,7 @@ def test_a_data_file_is_read_once_for_each_problem(tmp_path):
     ],
 )
 def test_bad_rows_are_refused_by_file_and_line(tmp_path, text, words):
+    """Prevents: a hunt through 490,000 rows."""
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as error:
@@ -186,6 +230,7 @@ def test_bad_rows_are_refused_by_file_and_line(tmp_path, text, words):
 
 
 def test_a_missing_file_an_unknown_task_and_latin1_are_refused(tmp_path):
+    """Prevents: a traceback for a typing mistake."""
     with pytest.raises(UserError, match="does not exist"):
         Countdown(str(tmp_path / "absent.json"))
     with pytest.raises(UserError, match="countdown, function_calling"):

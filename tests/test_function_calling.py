@@ -1,16 +1,21 @@
-"""Function calling: the generator, the two data forms and the verifier. Each test names its bug."""
+"""Function calling: the verifier, the embedded problems and other people's files. Each test
+names the bug that it prevents."""
 
 import copy
 import json
+import lzma
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from extras import make_calls
+from extras.convert import convert, one_choice
 from model import UserError
-from tasks import in_test
-from tasks.function_calling import MAX_CHARS, FunctionCalling, _pair, read_calls
+from tasks import get_task, load_rows
+from tasks.function_calling import MAX_CHARS, FunctionCalling, read_calls
 
 ROOT = Path(__file__).resolve().parent.parent
 BFCL = Path(os.environ.get("BFCL", ROOT.parent / "shared" / "data" / "bfcl"))
@@ -25,11 +30,11 @@ def task():
 
 @pytest.fixture(scope="module")
 def problems(task):
-    return task.problems("train", 2000, seed=0)
+    return task.problems("train", 1000, seed=0)
 
 
-def problem_of(properties, arguments, required=None, form="exact", name="f"):
-    """A problem with one tool and one wanted call."""
+def accepting(properties, accepted, required=None, name="f"):
+    """A problem with one tool and one wanted call, {parameter: [accepted values]}."""
     schema = {"type": "object", "properties": properties}
     schema["required"] = list(properties) if required is None else required
     function = {"name": name, "description": "", "parameters": schema}
@@ -37,31 +42,43 @@ def problem_of(properties, arguments, required=None, form="exact", name="f"):
         "key": "k",
         "messages": [{"role": "user", "content": "q"}],
         "tools": [{"type": "function", "function": function}],
-        "answers": [{"name": name, "arguments": arguments}],
-        "form": form,
+        "answers": [{"name": name, "arguments": accepted}],
     }
+
+
+def problem_of(properties, arguments, required=None):
+    """The same, with one accepted value each."""
+    return accepting(properties, one_choice(arguments), required)
 
 
 def call(name="f", **arguments):
     return {"name": name, "arguments": arguments}
 
 
+def first_choice(accepted):
+    """A plain value that is right: the reverse of one_choice."""
+    if isinstance(accepted, list):
+        return [first_choice(value) for value in accepted]
+    if not isinstance(accepted, dict):
+        return accepted
+    value = {}
+    for key, choices in accepted.items():
+        present = [choice for choice in choices if choice != ""]
+        value[key] = first_choice(present[0]) if present else ""
+    return value
+
+
+def right_calls(problem):
+    calls = []
+    for answer in problem["answers"]:
+        calls.append(answer | {"arguments": first_choice(answer["arguments"])})
+    return calls
+
+
 def reference_answer(problem):
-    """The text of a right answer; in the Berkeley form, of the first values that may be given."""
-
-    def first(wanted):
-        if isinstance(wanted, list):
-            return [first(value) for value in wanted]
-        if not isinstance(wanted, dict):
-            return wanted
-        lists = {key: v if isinstance(v, list) else [v] for key, v in wanted.items()}
-        firsts = {key: next((v for v in vs if v != ""), "") for key, vs in lists.items()}
-        return {key: first(value) for key, value in firsts.items() if value != ""}
-
-    calls = problem["answers"]
-    if problem["form"] == "berkeley":
-        calls = [made | {"arguments": first(made["arguments"])} for made in calls]
-    return "\n".join(f"<tool_call>\n{json.dumps(made)}\n</tool_call>" for made in calls)
+    """The text of a right answer, of the first values that may be given."""
+    texts = [json.dumps(made) for made in right_calls(problem)]
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
 def error_of(task, problem, answer):
@@ -76,44 +93,60 @@ def spec_of(problem, name):
     return tools[name]["parameters"]
 
 
-# The generator
+# The embedded problems
 
 
-def test_catalog_is_as_large_and_varied_as_promised(task):
-    tools = [tool for tools in task.domains.values() for tool in tools]
-    assert len(task.domains) >= 8 and len(tools) >= 40
+def catalogue():
+    return json.loads((ROOT / "extras" / "tools.json").read_text(encoding="utf-8"))
+
+
+def test_the_embedded_file_is_what_the_maker_makes():
+    """Prevents: a catalogue that was changed without its problems. (The text is compared:
+    how xz packs it may differ with the library's version.)"""
+    path = ROOT / "tasks" / "calls.jsonl.xz"
+    assert path.stat().st_size <= 1_000_000
+    assert lzma.decompress(path.read_bytes()).decode() == make_calls.jsonl()
+
+
+def test_catalogue_is_as_large_and_varied_as_promised():
+    """Prevents: an optional parameter whose words do not hold its value; generator's keys
+    that the model sees."""
+    domains = catalogue()["domains"]
+    tools = [tool for domain in domains.values() for tool in domain]
+    assert len(domains) >= 8 and len(tools) >= 40
     assert len({tool["name"] for tool in tools}) == len(tools)
-    text = json.dumps([task.offers[tool["name"]] for tool in tools])
+    offered = {tool["name"]: make_calls.as_offered(tool) for tool in tools}
+    text = json.dumps(offered)
     for kind in ("string", "integer", "number", "boolean", "array", "object"):
         assert f'"type": "{kind}"' in text
     assert '"enum"' in text and '"default"' in text
-    assert '"say"' not in text and '"values"' not in text  # the generator's keys are hidden
+    assert '"say"' not in text and '"values"' not in text and '"split"' not in text
     for tool in tools:
         assert len(tool["phrasings"]) >= 3
-        required = task.offers[tool["name"]]["function"]["parameters"]["required"]
+        required = offered[tool["name"]]["function"]["parameters"]["required"]
         assert required
         for phrasing in tool["phrasings"]:
-            assert all("{" + name in phrasing for name in required), (tool["name"], phrasing)
-        for name, spec in tool["parameters"].items():  # an optional one's words hold its value
+            assert all("{" + name in phrasing for name in required), phrasing
+        for name, spec in tool["parameters"].items():
             needs = spec["type"] != "boolean"
             assert all(("{" + name in clause) == needs for clause in spec.get("say", []))
 
 
-@pytest.mark.parametrize("difficulty", [None, "easy", "hard"])
+@pytest.mark.parametrize("difficulty", ["", "easy", "hard"])
 def test_problems_are_distinct_disjoint_and_repeatable(difficulty):
+    """Prevents: a problem in both splits, a split that another seed draws differently."""
     task = FunctionCalling(difficulty=difficulty)
     train, test = task.problems("train", 1000, seed=0), task.problems("test", 250, seed=0)
     assert len(train) == 1000 and len(test) == 250
     keys = [{p["key"] for p in train}, {p["key"] for p in test}]
-    assert len(keys[0]) == 1000 and len(keys[1]) == 250 and not keys[0] & keys[1]
-    assert not keys[1] & {p["key"] for p in task.problems("train", 1000, seed=1)}
-    assert all(in_test(key) for key in keys[1])
-    assert FunctionCalling(difficulty=difficulty).problems("train", 50, seed=0) == train[:50]
+    assert len(keys[0]) == 1000 and len(keys[1]) == 250
+    assert not keys[1] & {p["key"] for p in task.problems("train", 10**6, seed=1)}
+    assert task.problems("train", 50, seed=0) == train[:50]
     assert task.problems("train", 50, seed=1) != train[:50]
     calls = {len(p["answers"]) for p in train}
     offered = {len(p["tools"]) for p in train}
     expected = {
-        None: ({1, 2, 3}, {2, 3, 4, 5, 6}),
+        "": ({1, 2, 3}, {2, 3, 4, 5, 6}),
         "easy": ({1}, {2}),
         "hard": ({2, 3, 4}, {4, 5, 6}),
     }
@@ -122,13 +155,45 @@ def test_problems_are_distinct_disjoint_and_repeatable(difficulty):
     assert task.problems("train", 0, seed=0) == []
 
 
-def test_unknown_difficulty_is_refused_by_name():
-    with pytest.raises(UserError, match="no difficulty 'extreme'.*easy, hard"):
-        FunctionCalling(difficulty="extreme")
+def strings_in(value):
+    if isinstance(value, (dict, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return {text for item in items for text in strings_in(item)}
+    return {value} if isinstance(value, str) else set()
+
+
+def test_the_test_split_has_tools_and_values_that_training_never_sees():
+    """Prevents: an evaluation of what was learned by heart."""
+    domains = catalogue()["domains"]
+    for tools in domains.values():
+        held_out = [tool for tool in tools if tool.get("split") == "test"]
+        assert len(tools) / 5 <= len(held_out) <= len(tools) / 2
+    wanted, offered = {"train": set(), "test": set()}, {"train": set(), "test": set()}
+    values = {"train": set(), "test": set()}
+    rows = 0
+    for difficulty in ("easy", "normal", "hard"):
+        for problem in FunctionCalling(difficulty=difficulty).rows:
+            rows += 1
+            split = problem["split"]
+            offered[split] |= {tool["function"]["name"] for tool in problem["tools"]}
+            for answer in problem["answers"]:
+                wanted[split].add(answer["name"])
+                values[split] |= strings_in(answer["arguments"])
+    assert rows >= 10_000
+    assert wanted["train"] and not wanted["test"] & (wanted["train"] | offered["train"])
+    assert len(wanted["test"]) >= len(wanted["train"] | wanted["test"]) / 5
+    pools = catalogue()["pools"].values()
+    held_out = {value for pool in pools for value in pool["test"]}
+    assert held_out and not held_out & {value for pool in pools for value in pool["train"]}
+    assert held_out & values["test"] and not held_out & values["train"]
+    # What both have are the choices of enums, which a schema shows.
+    enums = strings_in([tool["parameters"] for tools in domains.values() for tool in tools])
+    assert values["test"] & values["train"] <= enums
 
 
 def test_reference_answers_are_right(task, problems):
-    for problem in problems:
+    """Prevents: a problem whose right answer is judged wrong."""
+    for problem in problems + task.problems("test", 500, 0):
         assert task.verify(problem, reference_answer(problem)).ok
         names = [tool["function"]["name"] for tool in task.tools(problem)]
         assert len(set(names)) == len(names)
@@ -136,8 +201,10 @@ def test_reference_answers_are_right(task, problems):
 
 
 def test_every_value_stands_in_the_request(task, problems):
-    """Else the request would not determine the call, and a right answer would be luck."""
-    specs = {t["name"]: t["parameters"] for tools in task.domains.values() for t in tools}
+    """Prevents: a request that does not determine the call: a right answer would be
+    luck."""
+    domains = catalogue()["domains"].values()
+    specs = {tool["name"]: tool["parameters"] for tools in domains for tool in tools}
 
     def mentioned(spec, value, text):
         if isinstance(value, dict):
@@ -149,16 +216,45 @@ def test_every_value_stands_in_the_request(task, problems):
             return any(word.lower() in text for word in words)
         return str(value).lower() in text
 
-    for problem in problems:
+    for problem in problems + task.problems("test", 500, 0):
         text = problem["messages"][0]["content"]
-        assert "{" not in text and "  " not in text and text[0].isupper() and text[-1] in ".?"
-        for wanted in problem["answers"]:
+        assert "{" not in text and "  " not in text
+        assert text[0].isupper() and text[-1] in ".?"
+        for wanted in right_calls(problem):
             for name, value in wanted["arguments"].items():
                 spec = specs[wanted["name"]][name]
                 assert mentioned(spec, value, text.lower()), (wanted, text)
-                assert value != spec.get("default"), "an argument that is there is no default"
+                assert value != spec.get("default"), "what is there is no default"
                 if "enum" in spec:
                     assert value in spec["enum"]
+
+
+def test_the_requests_are_english(task, problems):
+    """Prevents: 'by Monday.".', "a apple", "a 8-day trip", "Thursday and Tuesday"."""
+    days = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+    for problem in problems + task.problems("test", 500, 0):
+        text = problem["messages"][0]["content"]
+        assert '.".' not in text and '?".' not in text and ".." not in text
+        words = text.replace(",", "").replace('"', "").split()
+        for word, following in zip(words, words[1:]):
+            if word.lower() == "a":
+                assert following[0].lower() not in "aeiou0123456789", text
+        for answer in right_calls(problem):
+            for value in answer["arguments"].values():
+                if isinstance(value, list):
+                    keys = [
+                        next(iter(v.values())) if isinstance(v, dict) else v for v in value
+                    ]
+                    order = days.index if keys[0] in days else None
+                    avoided = keys[0] in ("tolls", "highways", "ferries")
+                    assert avoided or keys == sorted(keys, key=order), text
+
+
+def test_unknown_difficulty_is_refused_by_name():
+    with pytest.raises(
+        UserError, match="no difficulty 'extreme'.*'easy', 'normal', 'hard'"
+    ):
+        FunctionCalling(difficulty="extreme")
 
 
 def test_messages_hold_the_tools_once(task, problems):
@@ -169,7 +265,9 @@ def test_messages_hold_the_tools_once(task, problems):
     assert [m["role"] for m in words] == ["user"]
     for tool in task.tools(problem):
         assert json.dumps(tool["function"], ensure_ascii=False) in words[0]["content"]
-    assert native[0]["content"] in words[0]["content"] and "<tool_call>" in words[0]["content"]
+    assert (
+        native[0]["content"] in words[0]["content"] and "<tool_call>" in words[0]["content"]
+    )
 
 
 # The verifier: corruptions of right answers
@@ -210,7 +308,9 @@ def rename_parameter(arguments, schema):
 
 def other_tool(problem, calls):
     used = {c["name"] for c in calls}
-    other = [t["function"]["name"] for t in problem["tools"] if t["function"]["name"] not in used]
+    other = [
+        t["function"]["name"] for t in problem["tools"] if t["function"]["name"] not in used
+    ]
     calls[0]["name"] = (other or ["no_such_tool"])[0]
     return calls
 
@@ -237,7 +337,10 @@ def same_twice(problem, calls):
 
 CORRUPTIONS = {
     "nothing": ("no call", lambda p, calls: ""),
-    "prose": ("no call", lambda p, calls: "I would call " + calls[0]["name"] + " [see 1] {now}."),
+    "prose": (
+        "no call",
+        lambda p, calls: "I would call " + calls[0]["name"] + " [see 1] {now}.",
+    ),
     "empty list": ("no call", lambda p, calls: []),
     "python call": ("no call", lambda p, calls: calls[0]["name"] + "(x=1)"),
     "cut short": ("not JSON", lambda p, calls: json.dumps(calls)[:-2]),
@@ -245,7 +348,10 @@ CORRUPTIONS = {
     "bracket too many": ("not JSON", lambda p, calls: json.dumps(calls[0]) + "}"),
     "key twice": ("not JSON", lambda p, calls: '{"name": "a", ' + json.dumps(calls[0])[1:]),
     "NaN": ("not JSON", lambda p, calls: '{"name": "a", "arguments": {"x": NaN}}'),
-    "arguments a list": ("not JSON", lambda p, calls: [c | {"arguments": [1]} for c in calls]),
+    "arguments a list": (
+        "not JSON",
+        lambda p, calls: [c | {"arguments": [1]} for c in calls],
+    ),
     "one call too many": ("wrong number of calls", lambda p, calls: calls + calls[:1]),
     "one call too few": ("wrong number of calls", drop_call),
     "another tool on offer": ("wrong tool", other_tool),
@@ -255,18 +361,27 @@ CORRUPTIONS = {
     ),
     "name a number": ("wrong tool", lambda p, calls: [c | {"name": 1} for c in calls]),
     "no arguments": ("wrong parameters", change_arguments(lambda a, s: a.clear())),
-    "one missing": ("wrong parameters", change_arguments(lambda a, s: a.pop(s["required"][0]))),
+    "one missing": (
+        "wrong parameters",
+        change_arguments(lambda a, s: a.pop(s["required"][0])),
+    ),
     "one invented": ("wrong parameters", change_arguments(lambda a, s: a.update(zzz=1))),
     "one renamed": ("wrong parameters", change_arguments(rename_parameter)),
     "one not asked for": ("wrong parameters", unwanted_optional),
     "another string": ("wrong values", change_value("string", lambda v: v + "s")),
-    "string in capitals": ("wrong values", change_value("string", lambda v: v.swapcase() + ".")),
+    "string in capitals": (
+        "wrong values",
+        change_value("string", lambda v: v.swapcase() + "."),
+    ),
     "integer off by one": ("wrong values", change_value("integer", lambda v: v + 1)),
     "integer as string": ("wrong values", change_value("integer", str)),
     "integer as float": ("wrong values", change_value("integer", float)),
     "number as string": ("wrong values", change_value("number", str)),
     "boolean as number": ("wrong values", change_value("boolean", int)),
-    "boolean as string": ("wrong values", change_value("boolean", lambda v: str(v).lower())),
+    "boolean as string": (
+        "wrong values",
+        change_value("boolean", lambda v: str(v).lower()),
+    ),
     "boolean negated": ("wrong values", change_value("boolean", lambda v: not v)),
     "null": ("wrong values", change_value("string", lambda v: None)),
     "list short of one": ("wrong values", change_value("array", lambda v: v[:-1])),
@@ -276,7 +391,10 @@ CORRUPTIONS = {
         "wrong values",
         change_value("object", lambda v: dict(list(v.items())[1:])),
     ),
-    "object with a new key": ("wrong values", change_value("object", lambda v: v | {"zzz": 1})),
+    "object with a new key": (
+        "wrong values",
+        change_value("object", lambda v: v | {"zzz": 1}),
+    ),
     "one call twice": ("wrong", same_twice),
 }
 
@@ -286,10 +404,13 @@ def test_a_corrupted_answer_fails_with_its_category(task, problems, corruption):
     expected, corrupt = CORRUPTIONS[corruption]
     tried = 0
     for problem in problems[:400]:
-        answer = corrupt(problem, copy.deepcopy(problem["answers"]))
+        answer = corrupt(problem, right_calls(problem))
         if answer is not None:
             tried += 1
-            assert error_of(task, problem, answer).startswith(expected), (problem["key"], answer)
+            assert error_of(task, problem, answer).startswith(expected), (
+                problem["key"],
+                answer,
+            )
     assert tried >= 5
 
 
@@ -319,27 +440,91 @@ def test_a_default_may_be_said_or_left_out(task):
     assert error_of(task, problem, call(a=1)) == "wrong parameters"
 
 
-def test_an_empty_string_is_not_a_missing_one_in_the_exact_form(task):
+def test_an_empty_string_is_a_value_where_the_parameter_is_required(task):
+    """Prevents: the rule for optional parameters, where there is no choice."""
     problem = problem_of({"a": {"type": "string"}}, {"a": ""})
     assert error_of(task, problem, call(a="")) == ""
     assert error_of(task, problem, call()) == "wrong parameters"
+    assert error_of(task, problem, call(a=None)) == "wrong values"
 
 
-def test_no_text_counts_as_leaving_out_in_the_exact_form(task):
-    problem = problem_of({"a": {"type": "integer"}, "b": {"type": "string"}}, {"a": 1})
-    for blank in ("", "(left out)", "left out", ["left out"]):
-        assert error_of(task, problem, call(a=1, b=blank)) == "wrong parameters"
-        assert error_of(task, problem, call(a=1, zzz=blank)) == "wrong parameters"
+def test_for_an_optional_parameter_four_writings_are_the_same(task):
+    """Prevents: null or "" for "nothing" judged wrong; a word for nothing judged right."""
+    properties = {"a": {"type": "integer"}, "b": {"type": "string"}}
+    problem = problem_of(properties, {"a": 1}, required=["a"])
+    for nothing in ("", None):
+        assert error_of(task, problem, call(a=1, b=nothing)) == ""
+        assert error_of(task, problem, call(a=nothing)) == "wrong values"
+    for wrong in ("(left out)", "left out", ["left out"], [], {}, 0, False):
+        assert error_of(task, problem, call(a=1, b=wrong)) == "wrong parameters"
+    for anything in ("", None, "left out", 1):
+        assert error_of(task, problem, call(a=1, zzz=anything)) == "wrong parameters"
+    specs = [
+        ({"type": "integer", "default": 3}, 3),
+        ({"type": "string", "default": "C"}, "c "),
+    ]
+    specs += [({"type": "number", "default": 1}, 1.0), ({"default": {"x": 1}}, {"x": 1})]
+    specs += [({"default": [{"x": 1}]}, [{"x": 1}]), ({"default": False}, False)]
+    for spec, default in specs:
+        for accepted in ([""], [None], [spec["default"]], ["", "other"]):
+            problem = accepting({"b": spec}, {"b": one_choice(accepted)}, required=[])
+            for right in (call(), call(b=None), call(b=""), call(b=default)):
+                assert error_of(task, problem, right) == "", (spec, accepted, right)
+            assert error_of(task, problem, call(b="more")) == "wrong values"
+        problem = accepting({"b": spec}, {"b": ["other"]}, required=[])
+        assert error_of(task, problem, call()) == "wrong parameters"
+        assert error_of(task, problem, call(b=default)) == "wrong values"
 
 
-def test_calls_pair_off_in_any_order_even_where_greed_fails(task):
-    accepts = problem_of({"x": {"type": "integer"}}, {"x": [1, 2]}, form="berkeley")
-    accepts["answers"].append(call(x=[1]))
+def test_strings_are_equal_without_case_and_outer_spaces_and_nothing_else(task):
+    """Prevents: "Greek yogurt" for "greek yogurt" judged wrong; and what the leaderboard's
+    rule lets pass, which drops spaces and ,./-_*^ : lost powers, signs and decimal
+    points."""
+    for wanted, given, right in [
+        ("greek yogurt", " Greek Yogurt\n", True),
+        ("Straße", "STRASSE", True),
+        ("3x**2 + 2x - 1", "3x*2 + 2x * 1", False),
+        ("-5", "5", False),
+        ("1.5", "15", False),
+        ("New York", "NewYork", False),
+        ("it's", 'it"s', False),
+    ]:
+        for spec in ({"type": "string"}, {}):
+            problem = problem_of({"x": spec}, {"x": wanted})
+            assert (error_of(task, problem, call(x=given)) == "") == right
+            problem = problem_of({"x": {}}, {"x": [{"y": wanted}]})
+            assert (error_of(task, problem, call(x=[{"y": given}])) == "") == right
+
+
+def test_calls_pair_off_in_any_order(task):
+    """Prevents: the call that accepts more taking what another needs; a pair taken
+    twice."""
+    problem = accepting({"x": {"type": "integer"}}, {"x": [1, 2]})
+    problem["answers"].append(call(x=[1]))
     for first, second in ((1, 2), (2, 1), (1, 1)):
-        assert error_of(task, accepts, [call(x=first), call(x=second)]) == ""
-    assert error_of(task, accepts, [call(x=2), call(x=2)]) == "wrong values"
-    assert len(_pair([[True, True, False], [True, False, False], [False, True, True]])) == 3
-    assert len(_pair([[True, False], [True, False]])) == 1
+        assert error_of(task, problem, [call(x=first), call(x=second)]) == ""
+    assert error_of(task, problem, [call(x=2), call(x=2)]) == "wrong values"
+
+
+def test_equal_calls_of_other_types_are_not_mixed_up(task):
+    """Prevents: a call removed by ==, where True is 1 and 1.0 is 1."""
+    problem = problem_of({"x": {}}, {"x": 1})
+    problem["answers"] += [call(x=[True]), call(x=[1.0])]
+    for order in ((1, True, 1.0), (True, 1.0, 1), (1.0, 1, True), (True, 1, 1.0)):
+        assert error_of(task, problem, [call(x=value) for value in order]) == ""
+    assert error_of(task, problem, [call(x=1), call(x=True), call(x=1)]) == "wrong values"
+
+
+def test_objects_inside_have_accepted_values_too(task):
+    """Prevents: the one form understood at the top only."""
+    box = {"type": "object", "properties": {"w": {"type": "number"}, "name": {}}}
+    accepted = {"box": [{"w": [2], "name": ["", "Big"]}, {"w": [3]}], "at": [[1, [2.0]]]}
+    problem = accepting({"box": box, "at": {}}, accepted)
+    for value in ({"w": 2.0}, {"w": 2, "name": "big"}, {"w": 2, "name": None}, {"w": 3}):
+        assert error_of(task, problem, call(box=value, at=[1, [2.0]])) == ""
+    for value in ({"w": 3, "name": "Big"}, {"w": 2, "h": 1}, {"w": 2, "h": None}, {}, [2]):
+        assert error_of(task, problem, call(box=value, at=[1, [2.0]])) == "wrong values"
+    assert error_of(task, problem, call(box={"w": 2}, at=[1, [2]])) == "wrong values"
 
 
 def test_details_say_what_differs(task):
@@ -348,10 +533,10 @@ def test_details_say_what_differs(task):
     )
     for answer, words in (
         (call("g", city="Rome", n=2), ("f", "g")),
-        (call(city="Rome"), ("'n'", "expected 2", "nothing")),
-        (call(city="Rome", n=2, x=3), ("'x'", "left out", "3")),
+        (call(city="Rome"), ("'n'", "expected [2]", "found None")),
+        (call(city="Rome", n=2, x=3), ("'x'", "expected []", "found 3")),
         (call(city="Paris", n=2), ("city", "'Rome'", "'Paris'")),
-        (call(city="Rome", n="2"), ("'n'", "expected 2", "'2'")),
+        (call(city="Rome", n="2"), ("'n'", "[2]", "'2'")),
         ([call(), call()], ("1", "2")),
     ):
         detail = task.verify(problem, json.dumps(answer)).detail
@@ -381,8 +566,15 @@ BLOCK = f"<tool_call>\n{GOOD}\n</tool_call>"
         '{"name": "f", "parameters": {"x": 1}}',
         '{"name": "f", "arguments": "{\\"x\\": 1}"}',
         '{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}',
-        '{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\\"x\\": 1}"}}',
+        '{"id": "1", "function": {"name": "f", "arguments": "{\\"x\\": 1}"}}',
         f"<think>\n{BLOCK} or {{'no'}}?\n</think>\n\n{BLOCK}",
+        f"{GOOD} or so?</think>{BLOCK}",  # the prompt opened it
+        f"{BLOCK}<think>and now?",
+        f'{{"tool_calls": [{GOOD}]}}',
+        f'{{"content": null, "tool_calls": [{{"type": "function", "function": {GOOD}}}]}}',
+        f'<tool_call>{{"tool_calls": [{GOOD}]}}</tool_call>',
+        f"<tool_call>\n```json\n{GOOD}\n```\n</tool_call>",
+        f"<tool_call>```{GOOD}```</tool_call>",
         f"<|python_tag|>{GOOD}",
         f"[TOOL_CALLS] [{GOOD}]",
         ' { "name" : "f" ,\n\t"arguments" : { "x" : 1 } } ',
@@ -419,6 +611,17 @@ def test_writings_that_are_read(task, text):
         (f"{BLOCK}\n{BLOCK}", "wrong number of calls"),
         (f"{GOOD} " * 2, "wrong number of calls"),
         (f"<tool_call>{GOOD} {{}}</tool_call>", "wrong number of calls"),
+        (f'{{"tool_calls": [{GOOD}, {GOOD}]}}', "wrong number of calls"),
+        (f'{{"tool_calls": [{GOOD}]}} {GOOD}', "wrong number of calls"),
+        (f'{{"tool_calls": [{GOOD}, {{"name": "g"}}]}}', "wrong number of calls"),
+        ('{"tool_calls": []}', "no call"),
+        ('{"tool_calls": null}', "not JSON"),
+        ('{"tool_calls": [5]}', "not JSON"),
+        (f"<tool_call>```python\n{GOOD}```</tool_call>", "not JSON"),
+        (f"<think>{BLOCK}", "no call"),
+        (f"<think>{BLOCK}</think>", "no call"),
+        (f"{BLOCK}</think>", "no call"),
+        (f"<think></think><think>{BLOCK}", "no call"),
     ],
 )
 def test_writings_that_are_not(task, text, error):
@@ -427,7 +630,7 @@ def test_writings_that_are_not(task, text, error):
 
 def test_several_calls_one_after_another(task):
     problem = problem_of({"x": {"type": "integer"}}, {"x": 1})
-    problem["answers"].append(call(x=2))
+    problem["answers"].append(call(x=[2]))
     two = [json.dumps(call(x=2)), json.dumps(call(x=1))]
     for text in (
         "\n".join(two),
@@ -449,7 +652,10 @@ HOSTILE = {
     "open lists of objects": "[{" * 15_000,
     "closed lists": "[" * 15_000 + "]" * 15_000,
     "deep arguments": '{"name": "f", "arguments": {"x": ' + "[" * 900 + "]" * 900 + "}}",
-    "deeper arguments": '{"name": "f", "arguments": {"x": ' + "[" * 9_000 + "]" * 9_000 + "}}",
+    "deeper arguments": '{"name": "f", "arguments": {"x": '
+    + "[" * 9_000
+    + "]" * 9_000
+    + "}}",
     "deep as text": '{"name": "f", "arguments": "' + "[" * 20_000 + '"}',
     "long integer": '{"name": "f", "arguments": {"x": ' + "1" * 5_000 + "}}",
     "integer at the limit": '{"name": "f", "arguments": {"x": ' + "1" * 4_300 + "}}",
@@ -466,6 +672,10 @@ HOSTILE = {
     "many spaces after": GOOD + (" " * 30_000) + "x",
     "many keys": "{" + ",".join(f'"{i}":1' for i in range(3_500)) + "}",
     "many think tags": "</think>" * 4_000,
+    "many open think tags": "<think>" * 4_000,
+    "many fences": "```json" * 4_000,
+    "deep tool_calls": '{"tool_calls": [' * 2_000,
+    "tool_calls of text": '{"tool_calls": "' + "a" * 30_000 + '"}',
     "lone surrogate": '{"name": "\\ud800", "arguments": {"\\udfff": "\\ud800"}}',
     "raw surrogate": '{"name": "\ud800", "arguments": {}}',
     "nul and rtl": "\x00\u202e{\u2028" + GOOD + "\u0000",
@@ -497,7 +707,11 @@ def test_hostile_answers_neither_raise_nor_hang(task, name):
     text = HOSTILE[name]
     verdict = judged_in_time(task, SIMPLE, text)
     assert not verdict.ok or name == "nul and rtl" or name == "many spaces after"
-    for wrapped in (f"<tool_call>{text}", f"<tool_call>{text}</tool_call>", f"{text}{GOOD}"):
+    for wrapped in (
+        f"<tool_call>{text}",
+        f"<tool_call>{text}</tool_call>",
+        f"{text}{GOOD}",
+    ):
         judged_in_time(task, SIMPLE, wrapped)
 
 
@@ -505,8 +719,15 @@ def test_no_depth_of_nesting_raises(task):
     """What the parser can just read, printing it might not."""
     for depth in range(800, 1010, 3):
         value = "[" * depth + "]" * depth
-        for text in (f'{{"name": {value}}}', f'{{"name": "f", "arguments": {{"x": {value}}}}}'):
-            assert task.verify(SIMPLE, text).error in ("not JSON", "wrong tool", "wrong values")
+        for text in (
+            f'{{"name": {value}}}',
+            f'{{"name": "f", "arguments": {{"x": {value}}}}}',
+        ):
+            assert task.verify(SIMPLE, text).error in (
+                "not JSON",
+                "wrong tool",
+                "wrong values",
+            )
 
 
 def test_long_answers_are_not_read(task):
@@ -519,7 +740,9 @@ def test_long_answers_are_not_read(task):
 
 def write(path, rows):
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    )
     return str(path)
 
 
@@ -532,6 +755,7 @@ def xlam_row(n=1, **changes):
                 "city": {"description": "City.", "type": "str"},
                 "days": {"description": "Days.", "type": "int, optional", "default": 3},
                 "tags": {"description": "Tags.", "type": "List[float], optional"},
+                "wind": {"description": "Wind.", "type": "Optional[float]"},
                 "extra": {"description": "Any.", "type": "Union[str, int]", "default": ""},
                 "type": {
                     "description": "A parameter of this name.",
@@ -555,20 +779,29 @@ def xlam_row(n=1, **changes):
     }
 
 
-NOT_ON_OFFER = ((11, "g"), (12, ["g"]), (13, None))
-
-
-def test_xlam_rows_become_problems(tmp_path):
+def test_xlam_rows_become_problems(tmp_path, capsys):
+    """Prevents: JSON text and lists read differently; a row that is lost without a word."""
     listed = xlam_row(9)
-    listed["tools"], listed["answers"] = json.loads(listed["tools"]), json.loads(listed["answers"])
-    rows = [xlam_row(n) for n in range(1, 9)] + [listed, xlam_row(3), xlam_row(10, answers=[])]
-    rows += [xlam_row(n, answers=[{"name": name, "arguments": {}}]) for n, name in NOT_ON_OFFER]
-    task = FunctionCalling(write(tmp_path / "xlam.jsonl", rows))
-    found = task.problems("train", 100, 0) + task.problems("test", 100, 0)
-    assert len(found) == 9  # left out: one repeated, one without a call, the tools not on offer
-    for problem in found:
+    listed["tools"] = json.loads(listed["tools"])
+    listed["answers"] = json.loads(listed["answers"])
+    rows = [xlam_row(n) for n in range(1, 9)] + [listed, xlam_row(3)]
+    left_out = [
+        xlam_row(10, answers=[]),
+        xlam_row(11, answers=[call("g")]),
+        xlam_row(12, answers=[call("weather", city="Rome", ghost=1)]),
+        xlam_row(13, answers=[call("weather", days=2)]),  # a required one is missing
+        xlam_row(14, tools=[{"name": "nothing"}, {"name": "nothing"}]),
+    ]
+    data = write(tmp_path / "xlam.jsonl", rows + left_out)
+    task = FunctionCalling(data)
+    told = capsys.readouterr().out
+    assert "5 of 15 rows left out" in told and "': 3, 'it wants a parameter that" in told
+    every = task.problems("train", 100, 0) + task.problems("test", 100, 0)
+    assert len(every) == 9  # one stands there twice
+    for problem in every:
         assert error_of(task, problem, reference_answer(problem)) == ""
-        assert task.messages(problem, native_tools=True)[0]["content"].startswith("Weather in Rome")
+        request = task.messages(problem, native_tools=True)[0]["content"]
+        assert request.startswith("Weather in Rome")
         weather, nothing = (tool["function"]["parameters"] for tool in task.tools(problem))
         assert weather["required"] == ["city"] and nothing["properties"] == {}
         kinds = {name: spec.get("type") for name, spec in weather["properties"].items()}
@@ -576,24 +809,98 @@ def test_xlam_rows_become_problems(tmp_path):
             "city": "string",
             "days": "integer",
             "tags": "array",
+            "wind": None,
             "extra": None,
             "type": "boolean",
         }
-        days = problem["answers"][0]["arguments"]["days"]
-        for city, said in (("Rome", str(days)), ("rome", days)):
+        assert weather["properties"]["tags"]["items"] == {"type": "number"}
+        (days,) = problem["answers"][0]["arguments"]["days"]
+        for city, said in (("Rome", str(days)), ("Roma", days)):
             wrong = call("weather", city=city, days=said)
             assert error_of(task, problem, wrong) == "wrong values"
-        left_out = error_of(task, problem, call("weather", city="Rome"))
+        left_out = error_of(task, problem, call("weather", city=" rome"))
         assert left_out == ("" if days == 3 else "wrong parameters")
     array = tmp_path / "xlam.json"
     array.write_text(json.dumps(rows))
-    assert len(FunctionCalling(str(array)).rows) == 9
+    assert FunctionCalling(str(array)).problems("train", 9, 0) == task.problems(
+        "train", 9, 0
+    )
+
+
+def test_nulls_that_arrow_fills_in_change_nothing(tmp_path):
+    """Prevents: a row that demands the nulls of other rows' keys."""
+    city = {"type": "str", "description": "City", "required": None, "items": None}
+    plain = {"type": "str", "description": "City"}
+    answer = {"name": "f", "arguments": {"city": "Rome", "amount": None}}
+    tool = {"name": "f", "description": "", "parameters": {"city": city, "amount": None}}
+    filled = {"query": "q", "tools": [tool], "answers": [answer], "id": None}
+    tool = {"name": "f", "description": "", "parameters": {"city": plain}}
+    bare = {"query": "q", "tools": [tool], "answers": [call(city="Rome")]}
+    one = FunctionCalling(write(tmp_path / "filled.jsonl", [filled])).rows
+    assert one == FunctionCalling(write(tmp_path / "bare.jsonl", [bare])).rows
+    specs = {"x": {"type": "integer", "items": None}, "y": {"type": None}, "z": None}
+    problem = accepting(specs, {"x": [1], "y": None}, required=["x"]) | {"split": None}
+    task = FunctionCalling(write(tmp_path / "ours.jsonl", [problem]))
+    assert len(task.problems("train", 9, 0) + task.problems("test", 9, 0)) == 1
+    assert (
+        error_of(task, problem, call(x=1)) == error_of(task, problem, call(x=1, z="")) == ""
+    )
+    assert error_of(task, problem, call(x=1, y=2.0)) == "wrong values"
+    assert error_of(task, problem, call(x=[1])) == "wrong values"
+
+
+@pytest.mark.parametrize("kind, text, value", [("int", "10", 10), ("bool", "False", False)])
+def test_a_default_written_as_text_is_read_in_its_type(tmp_path, kind, text, value):
+    """Prevents: the default in its own type judged wrong, and its text judged right."""
+    tool = {"name": "f", "parameters": {"x": {"type": kind, "default": text}}}
+    row = {"query": "q", "tools": [tool], "answers": [call()]}
+    task = FunctionCalling(write(tmp_path / "data.jsonl", [row]))
+    assert error_of(task, task.rows[0], call(x=value)) == ""
+    assert error_of(task, task.rows[0], call(x=text)) == "wrong parameters"
+
+
+def test_the_one_form_is_read_as_it_is(tmp_path):
+    """Prevents: a converted file that says something else; a split of one's own that is
+    lost."""
+    source = write(tmp_path / "xlam.jsonl", [xlam_row(n) for n in range(60)])
+    rows = convert(source, load_rows(source))
+    task = FunctionCalling(write(tmp_path / "one.jsonl", rows))
+    assert task.rows == rows == FunctionCalling(source).rows
+    train, test = task.problems("train", 99, 0), task.problems("test", 99, 0)
+    assert len(train) + len(test) == 60 and train and test
+    rows = [row | {"split": "test"} for row in rows]
+    task = FunctionCalling(write(tmp_path / "split.jsonl", rows))
+    assert len(task.problems("test", 99, 0)) == 60 and not task.problems("train", 99, 0)
+
+
+ONE = problem_of({"x": {"type": "integer"}}, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"key": ...},
+        {"messages": ...},
+        {"tools": ...},
+        {"answers": ...},
+    ],
+    ids=str,
+)
+def test_a_bad_row_of_the_one_form_is_named(tmp_path, changes):
+    """Prevents: a traceback in the middle of a run."""
+    bad = {key: value for key, value in (ONE | changes).items() if value is not ...}
+    data = write(tmp_path / "data.jsonl", [ONE, bad])
+    with pytest.raises(UserError, match=r"data\.jsonl.* (row|line) 2"):
+        FunctionCalling(data)
 
 
 BERKELEY = {
     "id": "s_0",
     "question": [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather?"}]
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Weather?"},
+        ]
     ],
     "function": [
         {
@@ -605,12 +912,19 @@ BERKELEY = {
                     "city": {"type": "string", "description": "City."},
                     "wind": {"type": "float", "description": "Wind."},
                     "days": {"type": "integer", "description": "Days."},
-                    "at": {"type": "tuple", "items": {"type": "float"}, "description": "Place."},
+                    "at": {
+                        "type": "tuple",
+                        "items": {"type": "float"},
+                        "description": "Place.",
+                    },
                     "any": {"type": "any", "description": "Anything."},
                     "unit": {"type": "string", "description": "Unit."},
                     "box": {
                         "type": "dict",
-                        "properties": {"w": {"type": "integer"}, "name": {"type": "string"}},
+                        "properties": {
+                            "w": {"type": "integer"},
+                            "name": {"type": "string"},
+                        },
                         "description": "Box.",
                     },
                 },
@@ -645,6 +959,7 @@ def berkeley_task(folder, row=BERKELEY, truth=TRUTH, truth_id="s_0"):
 
 
 def test_berkeley_types_become_json_schema(tmp_path):
+    """Prevents: a model that is shown Python's types; a message before the request lost."""
     task = berkeley_task(tmp_path)
     (problem,) = task.rows
     (tool,) = task.tools(problem)
@@ -668,7 +983,8 @@ def test_berkeley_types_become_json_schema(tmp_path):
     "changes, error",
     [
         ({}, ""),
-        ({"city": "new york ny"}, ""),  # the leaderboard's strings
+        ({"city": "new york, ny "}, ""),
+        ({"city": "new york ny"}, "wrong values"),  # right on the leaderboard
         ({"city": "New Jersey"}, "wrong values"),
         ({"wind": 3}, ""),
         ({"wind": "3"}, "wrong values"),
@@ -681,15 +997,18 @@ def test_berkeley_types_become_json_schema(tmp_path):
         ({"at": [2.0, 2.0]}, "wrong values"),
         ({"at": [1.5]}, "wrong values"),
         ({"any": "X"}, ""),
+        ({"any": None}, ""),
         ({"any": 1}, "wrong values"),
         ({"unit": "KM"}, ""),
         ({"unit": "miles"}, "wrong values"),
         ({"unit": ""}, ""),  # on the leaderboard, too
+        ({"unit": None}, ""),
         ({"wind": ""}, "wrong values"),  # it may be left out, but a blank is no number
         ({"wind": "."}, "wrong values"),
         ({"day": ""}, "wrong parameters"),
         ({"box": {"w": 2, "h": ""}}, "wrong values"),
         ({"box": {"w": 2}}, ""),
+        ({"box": {"w": 2, "name": None}}, ""),
         ({"box": {"name": "Big Box"}}, "wrong values"),
         ({"box": {"w": "2"}}, "wrong values"),
         ({"box": {"w": 2, "h": 1}}, "wrong values"),
@@ -699,6 +1018,7 @@ def test_berkeley_types_become_json_schema(tmp_path):
     ],
 )
 def test_berkeley_alternatives(tmp_path, changes, error):
+    """Prevents: one of several accepted values refused, or one too many accepted."""
     task = berkeley_task(tmp_path)
     (problem,) = task.rows
     assert error_of(task, problem, reference_answer(problem)) == ""
@@ -707,70 +1027,55 @@ def test_berkeley_alternatives(tmp_path, changes, error):
 
 
 BAD_ROWS = {
-    "query": (xlam_row(query=5), "request must be text"),
-    "blank query": (xlam_row(query="  "), "no user message with words"),
-    "tools not JSON": (xlam_row(tools="[{"), "Expecting"),
-    "tools an object": (xlam_row(tools={"name": "f"}), "tools must be a list"),
-    "tools null": ({**xlam_row(), "tools": None}, "tools must be a list"),
-    "nameless tool": (xlam_row(tools=[{"parameters": {}}]), "tool's name must be text"),
-    "parameters a list": (xlam_row(tools=[{"name": "f", "parameters": [1]}]), "parameters of f"),
-    "parameter a string": (
-        xlam_row(tools=[{"name": "f", "parameters": {"x": "int"}}]),
-        "schema of x must be an object",
-    ),
-    "answers of text": (xlam_row(answers=["f"]), "each of answers must be an object"),
-    "arguments a list": (
-        xlam_row(answers=[{"name": "nothing", "arguments": []}]),
-        "arguments of nothing",
-    ),
-    "other columns": (
-        {"prompt": "x", "answer": "y"},
-        "columns must be query.*found prompt, answer",
-    ),
-    "no columns": ({}, "columns must be .* found none"),
-    "not an object": ([1], "must be an object"),
-    "not JSON": ("{broken", "cannot be read as UTF-8 JSON"),
+    "request a number": xlam_row(query=5),
+    "tools not JSON": xlam_row(tools="[{"),
+    "tools an object": xlam_row(tools={"name": "f"}),
+    "tools null": {**xlam_row(), "tools": None},
+    "nameless tool": xlam_row(tools=[{"parameters": {}}]),
+    "parameters a list": xlam_row(tools=[{"name": "nothing", "parameters": [1]}]),
+    "parameter a string": xlam_row(tools=[{"name": "f", "parameters": {"x": "int"}}]),
+    "answers of text": xlam_row(answers=["f"]),
+    "arguments a list": xlam_row(answers=[{"name": "nothing", "arguments": []}]),
+    "other columns": {"prompt": "x", "answer": "y"},
+    "no columns": {},
+    "not an object": [1],
+    "not JSON": "{broken",
 }
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, name):
-    row, message = BAD_ROWS[name]
-    data = write(tmp_path / "data.jsonl", [xlam_row(), row])
-    with pytest.raises(UserError, match=rf"data\.jsonl, line 2.*{message}"):
+    """Prevents: a traceback, or a hunt through 60,000 rows."""
+    data = write(tmp_path / "data.jsonl", [xlam_row(), BAD_ROWS[name]])
+    with pytest.raises(UserError, match=r"data\.jsonl.* (row|line) 2"):
         FunctionCalling(data)
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes",
     [
-        ({"question": []}, "question must have one turn, found 0"),
-        ({"question": "Weather?"}, "question must be a list, found 'Weather"),
-        ({"question": [["Weather?"]]}, "each of question must be an object"),
-        ({"question": [[{"role": "user", "content": None}]]}, "request must be text"),
-        ({"question": [[{"role": "system", "content": "x"}]]}, "no user message"),
-        ({"function": {}}, "function must be a list"),
-        (
-            {"function": [{"name": "f", "parameters": {"type": "dict", "properties": 5}}]},
-            "properties must be an object, found 5",
-        ),
-        (
-            {"function": [{"name": "f", "parameters": {"type": "dict", "required": 5}}]},
-            "required must be a list, found 5",
-        ),
-        ({"id": "s_1"}, "possible_answer of s_1 must be a list"),
-        ({"id": ["s_1"]}, "possible_answer of"),
+        {"question": []},
+        {"question": "Weather?"},
+        {"question": [["Weather?"]]},
+        {"question": [[{"role": "user", "content": None}]]},
+        {"question": [[{"role": "user", "content": "a"}], []]},  # several turns
+        {"function": [{"name": "f", "parameters": {"type": "dict", "properties": 5}}]},
+        {"id": "s_1"},
+        {"id": ["s_1"]},
     ],
+    ids=str,
 )
-def test_a_bad_berkeley_row_is_named_by_file_and_line(tmp_path, changes, message):
-    with pytest.raises(UserError, match=rf"b\.json, line 1: .*{message}"):
+def test_a_bad_berkeley_row_is_named_by_file_and_line(tmp_path, changes):
+    """Prevents: the same with two files."""
+    with pytest.raises(UserError, match=r"b\.json, row 1"):
         berkeley_task(tmp_path, row=BERKELEY | changes)
 
 
 def test_bad_berkeley_answers_are_named(tmp_path):
-    with pytest.raises(UserError, match="b.json, line 1: the accepted values of city must be"):
-        berkeley_task(tmp_path, truth={"city": "NYC"})
-    with pytest.raises(UserError, match="b.json, line 1: the possible_answer of s_0 must be"):
+    """Prevents: the accepted values of another row; the second file forgotten."""
+    with pytest.raises(UserError, match="b.json, row 1"):
+        berkeley_task(tmp_path, truth=TRUTH | {"city": 5})
+    with pytest.raises(UserError, match="b.json, row 1"):
         write(tmp_path / "possible_answer" / "b.json", [{"id": "s_0"}])
         FunctionCalling(write(tmp_path / "b.json", [BERKELEY]))
     (tmp_path / "possible_answer" / "b.json").unlink()
@@ -779,13 +1084,23 @@ def test_bad_berkeley_answers_are_named(tmp_path):
 
 
 def test_a_file_without_a_usable_problem_is_refused(tmp_path):
+    """Prevents: a run over no problems."""
     data = write(tmp_path / "data.jsonl", [xlam_row(answers=[])])
     with pytest.raises(UserError, match="data.jsonl holds no usable problem"):
         FunctionCalling(data)
     with pytest.raises(UserError, match="b.json holds no usable problem"):
-        berkeley_task(tmp_path, row=BERKELEY | {"function": []})
-    with pytest.raises(UserError, match="difficulty is for the embedded problems"):
-        FunctionCalling(write(tmp_path / "data.jsonl", [xlam_row()]), difficulty="easy")
+        berkeley_task(tmp_path, truth=TRUTH | {"ghost": [1]})
+    data = write(tmp_path / "data.jsonl", [xlam_row()])
+    with pytest.raises(UserError, match="difficulty is for a task's own problems"):
+        get_task("function_calling", data, difficulty="easy")
+
+
+def test_without_extras_another_dialect_is_a_sentence(tmp_path, monkeypatch):
+    """Prevents: a traceback where extras/ was deleted."""
+    monkeypatch.setitem(__import__("sys").modules, "extras.convert", None)
+    with pytest.raises(UserError, match="extras/convert.py"):
+        FunctionCalling(write(tmp_path / "data.jsonl", [xlam_row()]))
+    assert FunctionCalling(write(tmp_path / "data.jsonl", [ONE])).rows == [ONE]
 
 
 # The leaderboard's own files
@@ -795,18 +1110,27 @@ def test_a_file_without_a_usable_problem_is_refused(tmp_path):
 def bfcl(request):
     data = BFCL / f"BFCL_v4_{request.param}.json"
     if not data.is_file():
-        pytest.skip(
-            f"the Berkeley files are not in {BFCL}; set BFCL to their folder to run this test"
-        )
-    return request.param, FunctionCalling(str(data))
+        pytest.skip(f"the Berkeley files are not in {BFCL}; set BFCL to their folder")
+    return request.param, str(data), FunctionCalling(str(data))
+
+
+LEFT_OUT = {"simple_python": 0, "multiple": 0, "parallel": 0, "parallel_multiple": 0}
+
+
+def test_conversion_leaves_out_at_most_one_row_in_a_hundred(bfcl):
+    """Prevents: a form that expresses less than it did, unnoticed."""
+    split, data, _ = bfcl
+    converted = convert(data, load_rows(data))
+    assert len(converted) == SPLITS[split] - LEFT_OUT[split]
+    assert LEFT_OUT[split] <= SPLITS[split] / 100
 
 
 def test_bfcl_reference_answers_are_right(bfcl):
-    split, task = bfcl
+    """Prevents: a right answer judged wrong, in this order or another."""
+    split, _, task = bfcl
     repeated = 4 if split == "multiple" else 0  # requests that stand twice in the file
-    assert len(task.rows) == SPLITS[split] - repeated
     train, test = task.problems("train", 1000, 0), task.problems("test", 1000, 0)
-    assert len(train) + len(test) == len(task.rows) and len(test) > 20
+    assert len(train) + len(test) == SPLITS[split] - repeated and len(test) > 20
     for problem in task.rows:
         verdict = task.verify(problem, reference_answer(problem))
         assert verdict.ok, (problem["key"], verdict)
@@ -815,20 +1139,43 @@ def test_bfcl_reference_answers_are_right(bfcl):
         )
         assert task.verify(problem, backwards).ok
         kinds = json.dumps([tool["function"]["parameters"] for tool in task.tools(problem)])
-        assert not any(f'"type": "{kind}"' in kinds for kind in ("dict", "float", "tuple", "any"))
+        assert not any(
+            f'"type": "{kind}"' in kinds for kind in ("dict", "float", "tuple", "any")
+        )
 
 
 BFCL_CORRUPTIONS = {
     "no call": lambda p, calls: "I cannot help with that.",
     "not JSON": lambda p, calls: json.dumps(calls)[:-1],
     "wrong number of calls": lambda p, calls: calls + calls[:1],
-    "wrong tool": lambda p, calls: [calls[0] | {"name": calls[0]["name"] + "x"}, *calls[1:]],
+    "wrong tool": lambda p, calls: [
+        calls[0] | {"name": calls[0]["name"] + "x"},
+        *calls[1:],
+    ],
     "wrong parameters": change_arguments(lambda a, s: a.update(zzz=1)),
 }
 
 
+def test_parallel_178_needs_the_choosy_call_first():
+    """Prevents: [Microsoft or Apple] taking the Apple of [Apple], in whatever order they
+    come."""
+    data = BFCL / "BFCL_v4_parallel.json"
+    if not data.is_file():
+        pytest.skip(f"the Berkeley files are not in {BFCL}; set BFCL to their folder")
+    rows = json.loads(f"[{','.join(data.read_text().splitlines())}]")
+    request = next(row["question"] for row in rows if row["id"] == "parallel_178")
+    task = FunctionCalling(str(data))
+    problem = next(row for row in task.rows if [row["messages"]] == request)
+    assert Counter(len(a["arguments"]["company_name"]) for a in problem["answers"])[2]
+    calls = right_calls(problem)
+    for turn in range(len(calls)):
+        assert error_of(task, problem, calls[turn:] + calls[:turn]) == ""
+        assert error_of(task, problem, (calls[turn:] + calls[:turn])[::-1]) == ""
+
+
 def test_bfcl_corruptions_are_rejected(bfcl):
-    _, task = bfcl
+    """Prevents: a category that does not fit real tools."""
+    _, _, task = bfcl
     for problem in task.rows:
         for expected, corrupt in BFCL_CORRUPTIONS.items():
             calls = read_calls(reference_answer(problem))
@@ -837,7 +1184,7 @@ def test_bfcl_corruptions_are_rejected(bfcl):
 
 def test_bfcl_wrong_values_are_rejected(bfcl):
     """Every argument of every call in turn: another value, and its own as a string."""
-    _, task = bfcl
+    _, _, task = bfcl
     for problem in task.rows[::3]:
         calls = read_calls(reference_answer(problem))
         for i, made in enumerate(calls):

@@ -1,8 +1,9 @@
 """The function-calling verifier against bfcl-eval, the Berkeley leaderboard's own checker.
 
-Both judge the same calls for all 1000 rows of the four Berkeley files: the reference answers, with
-every accepted value in turn, and these answers corrupted in one place, at every place where the
-corruption applies. Where the two disagree, DISAGREEMENTS says how often, who is wrong, and why.
+Both judge the same calls for all 1000 rows of the four Berkeley files: the reference
+answers, with every accepted value in turn, and these answers corrupted in one place, at
+every place where the corruption applies. Where the two disagree, DISAGREEMENTS says how
+often, who is wrong, and why.
 
 Runs where bfcl-eval is installed; of its many dependencies the checker needs none:
 pip install --no-deps bfcl-eval==2026.3.23
@@ -23,11 +24,13 @@ pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3
 
 from test_function_calling import BFCL, SPLITS  # noqa: E402
 
+from extras.convert import problem_of  # noqa: E402
 from tasks import load_rows  # noqa: E402
-from tasks.function_calling import FunctionCalling, _problem  # noqa: E402
+from tasks.function_calling import FunctionCalling  # noqa: E402
 
-# The checker asks the table of models one thing: whether the dots in the names of a model's tools
-# became underscores. That table imports the clients of two dozen vendors; this one stands in.
+# The checker asks the table of models one thing: whether the dots in the names of a model's
+# tools became underscores. That table imports the clients of two dozen vendors; this one
+# stands in.
 MODELS = ModuleType("bfcl_eval.constants.model_config")
 MODELS.MODEL_CONFIG_MAPPING = {"a model": SimpleNamespace(underscore_to_dot=False)}
 with patch.dict(sys.modules, {MODELS.__name__: MODELS}):
@@ -40,18 +43,17 @@ OMIT = object()  # among the values of a parameter: that it is left out
 
 @pytest.fixture(scope="module")
 def rows():
-    """Every row, also those whose request stands twice, which FunctionCalling(data) merges."""
+    """Every row, also those whose request stands twice, which FunctionCalling(data)
+    merges."""
     made = []
     for split in SPLITS:
         data = BFCL / f"BFCL_v4_{split}.json"
         if not data.is_file():
-            pytest.skip(
-                f"the Berkeley files are not in {BFCL}; set BFCL to their folder to run this test"
-            )
+            pytest.skip(f"the Berkeley files are not in {BFCL}; set BFCL to their folder")
         answers = load_rows(str(BFCL / "possible_answer" / data.name))
-        truths = {row["id"]: row["ground_truth"] for _, row in answers}
-        for _, row in load_rows(str(data)):
-            problem = _problem(copy.deepcopy(row), copy.deepcopy(truths))
+        truths = {row["id"]: row["ground_truth"] for row in answers}
+        for row in load_rows(str(data)):
+            problem = problem_of(copy.deepcopy(row), copy.deepcopy(truths))
             variants = []  # of each call
             for wanted in problem["answers"]:
                 required = set(specs(row["function"], wanted["name"])["required"])
@@ -59,7 +61,9 @@ def rows():
                 variants.append([{"name": wanted["name"], "arguments": v} for v in some])
             calls = [some[0] for some in variants]
             truth = truths[row["id"]]
-            made.append(Row(split, row["id"], row["function"], truth, problem, variants, calls))
+            made.append(
+                Row(split, row["id"], row["function"], truth, problem, variants, calls)
+            )
     return made
 
 
@@ -68,8 +72,8 @@ def specs(tools, name):
 
 
 def values_of(wanted):
-    """What may be given for a wanted value: its first choices, then each other choice in turn.
-    A dict holds lists of accepted values, a list plain values or such dicts."""
+    """What may be given for a wanted value: its first choices, then each other choice in
+    turn. A dict holds lists of accepted values, a list plain values or such dicts."""
     if isinstance(wanted, dict):
         made = one_at_a_time({key: accepted(values) for key, values in wanted.items()})
         return [{k: v for k, v in some.items() if v is not OMIT} for some in made]
@@ -139,7 +143,8 @@ def each(change):
 
 
 def value(kind, change):
-    """Every value of this type, however deep; for dict, the arguments of a call are one, too."""
+    """Every value of this type, however deep; for dict, the arguments of a call are one,
+    too."""
 
     def corrupt(row):
         for i, call in enumerate(row.calls):
@@ -212,7 +217,9 @@ CORRUPTIONS = {
     "calls reversed": whole(lambda calls: [calls[::-1]]),
     "calls rotated": whole(lambda calls: [calls[i:] + calls[:i] for i in N(len(calls))]),
     "no call": whole(lambda calls: [[]]),
-    "call dropped": whole(lambda calls: [calls[:i] + calls[i + 1 :] for i in N(len(calls))]),
+    "call dropped": whole(
+        lambda calls: [calls[:i] + calls[i + 1 :] for i in N(len(calls))]
+    ),
     "call duplicated": whole(lambda calls: [[*calls, call] for call in calls]),
     "call in place of another": whole(
         lambda calls: [put(calls, (i,), call) for call in calls for i in N(len(calls))]
@@ -221,7 +228,9 @@ CORRUPTIONS = {
     "another tool on offer": each(other_tool),
     "tool name changed": each(lambda row, call: [{"name": call["name"] + "x"}]),
     "tool name in other case": each(lambda row, call: [{"name": call["name"].swapcase()}]),
-    "tool name with _ for .": each(lambda row, call: [{"name": call["name"].replace(".", "_")}]),
+    "tool name with _ for .": each(
+        lambda row, call: [{"name": call["name"].replace(".", "_")}]
+    ),
     "required parameter missing": each(drop_parameter(required=True)),
     "optional parameter left out": each(drop_parameter(required=False)),
     "unasked parameter": each(add_parameter(lambda kind: [SAMPLES[kind]])),
@@ -231,7 +240,9 @@ CORRUPTIONS = {
     "unknown key": value(dict, lambda d: [d | {"zzz": 1}]),
     "unknown key, blank": value(dict, lambda d: [d | {"zzz": blank} for blank in BLANK]),
     "unknown key, null": value(dict, lambda d: [d | {"zzz": None}]),
-    "key in other case": value(dict, lambda d: [without(d, k) | {k.swapcase(): d[k]} for k in d]),
+    "key in other case": value(
+        dict, lambda d: [without(d, k) | {k.swapcase(): d[k]} for k in d]
+    ),
     "key dropped": value(dict, lambda d: [without(d, k) for k in d]),
     "keys in other order": value(dict, lambda d: [dict(reversed(d.items()))]),
     "list reversed": value(list, lambda v: [v[::-1]]),
@@ -262,13 +273,130 @@ CORRUPTIONS = {
     "wrapped in a dict": value(object, lambda v: [{"value": v}]),
 }
 
-# Where the two disagree on these. we_say: that the answer is right; times: {corruption: {row: n}}
+# Where the two disagree on these. we_say: that the answer is right. `times` counts by row,
+# {corruption: {row: n}}; where there are hundreds, `cause` is a test of each single answer,
+# and `times` is {corruption: (answers, rows)}.
 
-Disagreement = namedtuple("Disagreement", "why we_say times")
+
+def changed(value, change):
+    """The value with its strings and the values of its objects changed; DROP drops one."""
+    if isinstance(value, list):
+        return [changed(item, change) for item in value]
+    if isinstance(value, dict):
+        items = {
+            k: DROP if change(v) is DROP else changed(v, change) for k, v in value.items()
+        }
+        return {k: v for k, v in items.items() if v is not DROP}
+    return change(value) if isinstance(value, str) else value
+
+
+DROP = object()
+
+
+def overlook(value):
+    """A string as the leaderboard compares it."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"')
+
+
+def right_if_punctuation_is_overlooked(row, calls):
+    problem = dict(row.problem)
+    problem["answers"] = [
+        wanted | {"arguments": changed(wanted["arguments"], overlook)}
+        for wanted in problem["answers"]
+    ]
+    return TASK.verify(problem, json.dumps(edit(calls, overlook))).ok
+
+
+def edit(calls, change):
+    return [call | {"arguments": changed(call["arguments"], change)} for call in calls]
+
+
+def right_if_nothing_is_left_out(row, calls):
+    present = edit(calls, lambda value: DROP if value in (None, "") else value)
+    return verdicts(row, present) == (True, True)
+
+
+def right_if_stripped(row, calls):
+    stripped = edit(calls, lambda v: v.strip() if isinstance(v, str) else v)
+    return verdicts(row, stripped) == (True, True)
+
+
+Disagreement = namedtuple("Disagreement", "why we_say times cause", defaults=[None])
+DEFAULTS = {"simple_python_120": 1, "parallel_84": 1, "parallel_multiple_179": 1}
 DISAGREEMENTS = [
+    # Our one rule for strings: equal but for case and outer spaces.
     Disagreement(
-        "bfcl-eval is wrong: it gives each wanted call the first answer that fits, and takes none "
-        "back. One call of this row may be for Microsoft or Apple, others must be for Apple",
+        "We are right: bfcl-eval drops spaces and ,./-_*^ and takes ' for \", so that "
+        "3x**2 is 3x*2, -5 is 5, 1.5 is 15 and a lone full stop is an empty string",
+        we_say=False,
+        times={
+            "string's punctuation and spaces": (2717, 767),
+            "string shorter": (28, 24),  # the character was a full stop or the like
+            "string's quotes": (3, 3),
+            "blank string": (304, 232),
+            "unasked parameter, blank": (40, 30),
+            "argument exchanged between calls": (2, 1),
+        },
+        cause=right_if_punctuation_is_overlooked,
+    ),
+    Disagreement(
+        "Neither is wrong: we strip a line break at a string's end, bfcl-eval only spaces",
+        we_say=True,
+        times={"string longer": (2742, 767)},
+        cause=right_if_stripped,
+    ),
+    Disagreement(
+        "bfcl-eval is wrong: it overlooks the case of strings, also in a list and in a "
+        "dict, but not in a list in a dict",
+        we_say=True,
+        times={
+            "string in other case": {"simple_python_337": 8, "parallel_multiple_135": 15}
+        },
+    ),
+    Disagreement(
+        "We are laxer, as we compare all strings alike: bfcl-eval compares them to the "
+        "letter where what is accepted has another type than the schema's (data['sales'] "
+        "for a list)",
+        we_say=True,
+        times={"string in other case": {"parallel_multiple_21": 2}},
+    ),
+    # Our one rule for optional parameters: null, "", the default and nothing are the same.
+    Disagreement(
+        "We are laxer, on purpose: null or an empty string for a parameter that may be "
+        "left out are how many models leave it out; bfcl-eval wants its type",
+        we_say=True,
+        times={
+            "null": (561, 406),
+            "blank string": (258, 187),
+            "unasked parameter, null": (56, 45),
+            "unasked parameter, blank": (16, 16),
+        },
+        cause=right_if_nothing_is_left_out,
+    ),
+    Disagreement(
+        "bfcl-eval is wrong: the value that is wanted is the schema's default, and the "
+        "parameter is not required, so that a call without it does the same",
+        we_say=True,
+        times={
+            "optional parameter left out": DEFAULTS,
+            "key dropped": DEFAULTS,
+            "null": DEFAULTS,
+            "blank string": DEFAULTS,
+        },
+    ),
+    Disagreement(
+        "We are right: here an empty string is among the accepted values of a parameter "
+        "that is required, so it can neither leave it out nor say what league is meant",
+        we_say=False,
+        times={"blank string": {"parallel_multiple_119": 2}},
+    ),
+    # Pairs, types and lists.
+    Disagreement(
+        "bfcl-eval is wrong: it gives each wanted call the first answer that fits, and "
+        "takes none back. One call of this row may be for Microsoft or Apple, others must "
+        "be for Apple",
         we_say=True,
         times={
             "calls reversed": {"parallel_178": 1},
@@ -290,8 +418,8 @@ DISAGREEMENTS = [
         },
     ),
     Disagreement(
-        "bfcl-eval is wrong: in a dict and in a list of lists it checks no types but compares with "
-        "==, so that 20.0 is an integer and True a number of people",
+        "bfcl-eval is wrong: in a dict and in a list of lists it checks no types but "
+        "compares with ==, so that 20.0 is an integer and True a number of people",
         we_say=False,
         times={
             "int as float": {"simple_python_260": 3, "simple_python_122": 4},
@@ -299,38 +427,17 @@ DISAGREEMENTS = [
         },
     ),
     Disagreement(
-        "Neither is wrong: no schema says what these dicts hold. We keep to the type of the wanted "
-        "value; bfcl-eval, by the same ==, takes 90.0 for 90",
+        "Neither is wrong: no schema says what these dicts hold. We keep to the type of "
+        "the wanted value; bfcl-eval, by the same ==, takes 90.0 for 90",
         we_say=False,
-        times={"int as float": {"multiple_9": 4, "parallel_29": 6, "parallel_multiple_66": 15}},
-    ),
-    Disagreement(
-        "bfcl-eval is wrong: it overlooks case, spaces and punctuation in strings, also in those "
-        "of a list and of a dict, but not in those of a list in a dict",
-        we_say=True,
         times={
-            kind: {"simple_python_337": 8, "parallel_multiple_135": 15}
-            for kind in ("string in other case", "string's punctuation and spaces")
+            "int as float": {"multiple_9": 4, "parallel_29": 6, "parallel_multiple_66": 15}
         },
     ),
     Disagreement(
-        "We are laxer, as we compare all strings alike: bfcl-eval compares them to the letter "
-        "where what is accepted has another type than the schema's (data['sales'] for a list)",
-        we_say=True,
-        times={
-            "string in other case": {"parallel_multiple_21": 2},
-            "string's punctuation and spaces": {"parallel_multiple_21": 2},
-            "blank string": {"simple_python_307": 1},
-        },
-    ),
-    Disagreement(
-        "bfcl-eval is wrong, for the same reason: data[\"sales\"] is data['sales']",
-        we_say=True,
-        times={"string's quotes": {"parallel_multiple_21": 2}},
-    ),
-    Disagreement(
-        'bfcl-eval is wrong: where a list may be left out, which "" among the accepted values '
-        "says, it compares the list with the letters of that string, so that [] is right",
+        "bfcl-eval is wrong: where a list may be left out, which an empty string among the "
+        "accepted values says, it compares the list with the letters of that string, so "
+        "that [] is right",
         we_say=False,
         times={
             "list emptied": {
@@ -360,10 +467,13 @@ DISAGREEMENTS = [
 ]
 
 
-def explained(kind):
+def counted(kind):
+    """{(row, we_say): n} of the disagreements that are told row by row."""
     table = Counter()
-    for some in DISAGREEMENTS:
-        table.update({(row, some.we_say): n for row, n in some.times.get(kind, {}).items()})
+    for entry in DISAGREEMENTS:
+        if entry.cause is None:
+            for row, n in entry.times.get(kind, {}).items():
+                table[row, entry.we_say] += n
     return table
 
 
@@ -374,34 +484,51 @@ def test_every_row_becomes_a_problem(rows):
 
 
 def test_reference_answers_are_right_for_both(rows):
-    """Prevents: an accepted value that the verifier refuses, so that a right answer is punished."""
+    """Prevents: an accepted value that the verifier refuses, so that a right answer is
+    punished."""
     tried = 0
     for row in rows:
         for i, variants in enumerate(row.variants):
             for call in variants:
                 tried += 1
-                assert verdicts(row, put(row.calls, (i,), call)) == (True, True), (row.id, call)
+                assert verdicts(row, put(row.calls, (i,), call)) == (True, True), (
+                    row.id,
+                    call,
+                )
     assert tried == 3675
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_corrupted_answers_are_judged_alike(rows, kind):
-    """Prevents: a verifier stricter or laxer than the leaderboard's where nobody meant it to be."""
-    tried, found, examples = 0, Counter(), {}
+    """Prevents: a verifier stricter or laxer than the leaderboard's where nobody meant it
+    to be."""
+    tried, differing, examples = 0, Counter(), {}
+    by_cause = {i: Counter() for i, entry in enumerate(DISAGREEMENTS) if entry.cause}
     for row in rows:
         unchanged = json.dumps(row.calls)
         for calls in CORRUPTIONS[kind](row):
-            if json.dumps(calls) != unchanged:
-                ours, theirs = verdicts(row, calls)
-                tried += 1
-                if ours != theirs:
-                    found[row.id, ours] += 1
-                    examples[row.id, ours] = calls
+            if json.dumps(calls) == unchanged:
+                continue
+            tried += 1
+            ours, theirs = verdicts(row, calls)
+            if ours == theirs:
+                continue
+            for i, counter in by_cause.items():
+                entry = DISAGREEMENTS[i]
+                if entry.we_say == ours and entry.cause(row, calls):
+                    counter[row.id] += 1
+                    break
+            else:
+                differing[row.id, ours] += 1
+                examples[row.id, ours] = calls
     assert tried >= 5
-    for key in found.keys() | explained(kind).keys():
-        assert found[key] == explained(kind)[key], (key, examples.get(key))
+    for key in differing.keys() | counted(kind).keys():
+        assert differing[key] == counted(kind)[key], (key, examples.get(key))
+    for i, counter in by_cause.items():
+        entry = DISAGREEMENTS[i]
+        assert (counter.total(), len(counter)) == entry.times.get(kind, (0, 0)), entry.why
 
 
 def test_the_table_names_corruptions_that_are_tried():
     """Prevents: an explanation that is never checked, as its corruption was renamed."""
-    assert {kind for some in DISAGREEMENTS for kind in some.times} <= CORRUPTIONS.keys()
+    assert {kind for entry in DISAGREEMENTS for kind in entry.times} <= CORRUPTIONS.keys()
