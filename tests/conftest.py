@@ -13,7 +13,8 @@ from model import Chat, Decoder, ModelConfig  # noqa: E402
 
 
 def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
-    """A Qwen2 decoder with large random weights, so that its distributions are far from flat."""
+    """A Qwen2 decoder with large random weights, so that its distributions are far from
+    flat."""
     torch.manual_seed(seed)
     source = {
         "model_type": "qwen2",
@@ -29,10 +30,19 @@ def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
         "tie_word_embeddings": True,
     } | more
     model = Decoder(ModelConfig.from_dict(source)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" not in name:
-                p.normal_(std=0.25)
+    return fill(model, 0.25)
+
+
+@torch.no_grad()
+def fill(model: Decoder, std: float, norms: float = 0.0) -> Decoder:
+    """Random weights of this deviation; norms are 1 and biases 0, or spread around
+    these."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.normal_(std=std)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+            p.add_(norms * torch.randn(p.shape))
     return model
 
 
@@ -40,10 +50,13 @@ WORST = {}  # what was compared -> (the largest difference of this session, its 
 
 
 def close(what: str, difference, tolerance: float) -> None:
-    """Asserts that a difference is below its tolerance; the worst are printed at the end."""
+    """Asserts that a difference is below its tolerance; the worst are printed at the
+    end."""
     difference = torch.as_tensor(difference).item()
     WORST[what] = max(WORST.get(what, (0.0, 0.0)), (difference, tolerance))
-    assert difference < tolerance, f"{what}: {difference:.1e}, the tolerance is {tolerance:.0e}"
+    assert difference < tolerance, (
+        f"{what}: {difference:.1e}, the tolerance is {tolerance:.0e}"
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

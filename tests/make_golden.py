@@ -1,10 +1,11 @@
-"""Writes tests/golden.safetensors: what transformers computes for small models of every family.
+"""Writes tests/golden.safetensors: what transformers computes for small models of every
+family.
 
     pip install -r requirements.txt transformers==5.23.0 && python tests/make_golden.py
 
-tests/test_golden.py compares our decoder with it wherever torch runs, without transformers. The
-weights are not stored: both sides draw them from NumPy's RandomState, whose streams are frozen.
-"""
+tests/test_golden.py compares our decoder with it wherever torch runs, without transformers.
+The weights are not stored: both sides draw them from NumPy's RandomState, whose streams are
+frozen."""
 
 import json
 import platform
@@ -27,7 +28,12 @@ COMMON = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.05 * i for i in range(8)],
@@ -58,9 +64,12 @@ LENGTH, KEPT = 40, 3  # positions run, and the last of them whose logits are kep
 
 @torch.no_grad()
 def fill(model: torch.nn.Module) -> None:
-    """Weights that depend on nothing but their names: large enough for attention to matter."""
+    """Weights that depend on nothing but their names: large enough for attention to
+    matter."""
     for name, p in model.named_parameters():
-        normal = numpy.random.RandomState(zlib.crc32(name.encode())).standard_normal(p.shape)
+        normal = numpy.random.RandomState(zlib.crc32(name.encode())).standard_normal(
+            p.shape
+        )
         values = torch.from_numpy(normal).to(p.dtype)
         if p.dim() == 2:
             p.copy_(0.15 * values)
@@ -88,7 +97,9 @@ def main():
             for start in (0, 300, 5000, 16000):
                 positions = torch.arange(LENGTH)[None] + start  # (1, LENGTH)
                 with torch.no_grad():
-                    logits = model(some_ids(), position_ids=positions, use_cache=False).logits
+                    logits = model(
+                        some_ids(), position_ids=positions, use_cache=False
+                    ).logits
                 tensors[f"{key} {start}"] = logits[0, -KEPT:].float().clone()  # (KEPT, V)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"numpy": numpy.__version__, "transformers": transformers.__version__}

@@ -1,4 +1,5 @@
-"""Logits against transformers' own, recorded by make_golden.py, for every family of the loader."""
+"""Logits against transformers' own, recorded by make_golden.py, for every family of the
+loader."""
 
 import json
 
@@ -14,12 +15,14 @@ from model import Decoder, ModelConfig
 @pytest.mark.parametrize("tied", ["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family, tied):
-    """Prevents: a bias dropped, a rope scaling or a q/k norm ignored, a wrong half of a fused
-    matrix. Far positions too: a short prompt hides errors of rope."""
+    """Prevents: a bias dropped, a rope scaling or a q/k norm ignored, a wrong half of a
+    fused matrix. Far positions too: a short prompt hides errors of rope."""
     with safe_open(GOLDEN, framework="pt") as golden:
         config = json.loads(golden.metadata()["configs"])[f"{family} {tied}"]
         starts = (0, 300, 5000, 16000)
-        expected = {start: golden.get_tensor(f"{family} {tied} {start}") for start in starts}
+        expected = {
+            start: golden.get_tensor(f"{family} {tied} {start}") for start in starts
+        }
     model = Decoder(ModelConfig.from_dict(config)).eval()
     fill(model)
     for start, theirs in expected.items():

@@ -1,8 +1,8 @@
 """Models and data sets by name: our code against a hub on the loopback.
 
-The server speaks the part of the Hugging Face hub's protocol that downloads need. As on the real
-hub, weights come from another host, to which files redirect (here: another name of the same one).
-"""
+The server speaks the part of the Hugging Face hub's protocol that downloads need. As on the
+real hub, weights come from another host, to which files redirect (here: another name of the
+same one)."""
 
 import errno
 import hashlib
@@ -23,7 +23,7 @@ import pytest
 import torch
 from huggingface_hub import constants, file_download
 from safetensors.torch import load_file
-from test_model import refusal, write_model
+from test_model import parameters_of, refusal, write_model
 
 import model as model_module
 from model import NAMES, load, save
@@ -36,10 +36,10 @@ OURS = {"config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS}
 
 
 class Hub(ThreadingHTTPServer):
-    """repos: "models/owner/name" or "datasets/owner/name" -> {path: content}. What may go wrong:
-    refuse_repo, refuse_files: (status, code, message); gone: paths that are listed but not there;
-    send: {path: content that is sent instead}; cuts: {path: how many answers end in the middle};
-    portal: a page that answers everything."""
+    """repos: "models/owner/name" or "datasets/owner/name" -> {path: content}. What may go
+    wrong: refuse_repo, refuse_files: (status, code, message); gone: paths that are listed
+    but not there; send: {path: content that is sent instead}; cuts: {path: how many answers
+    end in the middle}; portal: a page that answers everything."""
 
     daemon_threads = True
 
@@ -76,7 +76,9 @@ class Handler(BaseHTTPRequestHandler):
             self.repository(m[1])
         elif m := re.fullmatch(rf"/api/(\w+/[^/]+/[^/]+)/tree/{COMMIT}", path):
             files = hub.repos[m[1]].items()
-            self.json([dict(type="file", path=p, size=len(b), oid=etag(b)) for p, b in files])
+            self.json(
+                [dict(type="file", path=p, size=len(b), oid=etag(b)) for p, b in files]
+            )
         elif m := re.fullmatch(rf"/(datasets/)?([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path):
             self.file((m[1] or "models/") + m[2], unquote(m[3]))
         elif m := re.fullmatch(r"/stored/(\w+/[^/]+/[^/]+)/(.+)", path):
@@ -93,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def json(self, data, status=200, **headers):
-        self.answer(status, json.dumps(data).encode(), Content_Type="application/json", **headers)
+        self.answer(
+            status, json.dumps(data).encode(), Content_Type="application/json", **headers
+        )
 
     def refuse(self, status, code, message):
         headers = {"X_Error_Code": code, "X_Error_Message": message}
@@ -117,11 +121,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(name, path)
         place = f"http://localhost:{hub.server_port}/stored/{name}/{path}"
         linked = {"X_Linked_ETag": f'"{etag(content)}"', "X_Linked_Size": len(content)}
-        self.answer(302, ETag='"of-the-pointer"', X_Repo_Commit=COMMIT, Location=place, **linked)
+        self.answer(
+            302, ETag='"of-the-pointer"', X_Repo_Commit=COMMIT, Location=place, **linked
+        )
 
     def content(self, name, path):
         hub, whole = self.server, self.server.repos[name][path]
-        headers = {"X_Repo_Commit": COMMIT, "ETag": f'"{etag(whole)}"', "Accept_Ranges": "bytes"}
+        headers = {
+            "X_Repo_Commit": COMMIT,
+            "ETag": f'"{etag(whole)}"',
+            "Accept_Ranges": "bytes",
+        }
         if self.command == "HEAD":
             return self.answer(200, whole, **headers)
         hub.fetched.append(path)
@@ -142,7 +152,9 @@ def etag(content: bytes) -> str:
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +171,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def hub(source, tmp_path, monkeypatch):
-    """A hub with the model owner/name, and an empty cache. huggingface_hub read the environment
-    when it was imported, so its constants are set; tests at the end set the environment itself."""
+    """A hub with the model owner/name, and an empty cache. huggingface_hub read the
+    environment when it was imported, so its constants are set; tests at the end set the
+    environment itself."""
     server = Hub()
     server.repos["models/owner/name"] = contents(source)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "ALL_PROXY"):
@@ -178,12 +191,16 @@ def hub(source, tmp_path, monkeypatch):
 
 
 def same(decoder, folder) -> bool:
-    weights, found = load_file(folder / WEIGHTS), decoder.state_dict()
-    return weights.keys() == found.keys() and all(torch.equal(weights[n], found[n]) for n in found)
+    weights, loaded = load_file(folder / WEIGHTS), parameters_of(decoder)
+    if weights.keys() != loaded.keys():
+        return False
+    return all(torch.equal(weights[name], loaded[name]) for name in loaded)
 
 
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between its retries
+    monkeypatch.setattr(
+        file_download.time, "sleep", lambda seconds: None
+    )  # between its retries
 
 
 # ---- what is fetched
@@ -197,7 +214,8 @@ def test_model_by_name_is_not_the_model_in_the_folder(hub, source):
 
 
 def test_pickles_cards_and_second_copies_are_fetched_too(hub):
-    """Repositories hold the weights in several forms: a download several times too large."""
+    """Repositories hold the weights in several forms: a download several times too
+    large."""
     load("owner/name")
     assert Counter(hub.fetched) == Counter(OURS)
     asked = {path.rpartition(COMMIT)[2] for _, path, _ in hub.requests}
@@ -205,7 +223,8 @@ def test_pickles_cards_and_second_copies_are_fetched_too(hub):
 
 
 def test_shards_or_their_index_are_left_out(hub, source, tmp_path, monkeypatch):
-    """Large models keep their weights in model-*.safetensors and say in an index which is where."""
+    """Large models keep their weights in model-*.safetensors and say in an index which is
+    where."""
     monkeypatch.setattr(model_module, "SHARD_BYTES", 100_000)
     save(*load(str(source)), tmp_path / "sharded")
     hub.repos["models/owner/large"] = contents(tmp_path / "sharded")
@@ -214,7 +233,8 @@ def test_shards_or_their_index_are_left_out(hub, source, tmp_path, monkeypatch):
 
 
 def test_short_name_goes_another_way(hub, source):
-    """The table of names points to a repository, which must then be asked for like any other."""
+    """The table of names points to a repository, which must then be asked for like any
+    other."""
     hub.repos = {f"models/{NAMES['qwen2.5-0.5b']}": contents(source)}
     assert same(load("qwen2.5-0.5b")[0], source)
     assert set(hub.fetched) == OURS
@@ -228,7 +248,8 @@ def test_model_that_has_pickles_only(hub):
 
 
 def test_token_is_lost_or_shown_to_strangers(hub, monkeypatch):
-    """Every request to the hub bears HF_TOKEN; the host that stores the weights never sees it."""
+    """Every request to the hub bears HF_TOKEN; the host that stores the weights never sees
+    it."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     load("owner/name")
     seen = {(h["Host"].split(":")[0], h["Authorization"]) for _, path, h in hub.requests
@@ -241,8 +262,7 @@ def test_dataset_file_in_a_folder_of_its_repository(hub):
     rows = [{"nums": [1, 2, 3], "target": 6}, {"nums": [2, 2, 5], "target": 9}]
     files = {"path/in/it.json": json.dumps(rows).encode(), "path/in/other.json": b"[]"}
     hub.repos["datasets/owner/data"] = files
-    found = load_rows("owner/data:path/in/it.json")
-    assert [row for _, row in found] == rows and found[0][0].endswith("path/in/it.json, row 1")
+    assert load_rows("owner/data:path/in/it.json") == rows
     assert hub.fetched == ["path/in/it.json"]
     assert "does not exist" in refusal(load_rows, "owner/data:path/in/its.json")
     assert hub.fetched == ["path/in/it.json"]
@@ -252,14 +272,17 @@ def test_dataset_file_in_a_folder_of_its_repository(hub):
 
 
 def test_every_run_downloads_anew(hub, source):
-    """The second load asks the hub for the commit, and for no file: neither content nor header."""
+    """The second load asks the hub for the commit, and for no file: neither content nor
+    header."""
     load("owner/name")
     hub.fetched.clear(), hub.requests.clear()
     assert same(load("owner/name")[0], source)
     assert hub.fetched == [] and not any("resolve" in path for _, path, _ in hub.requests)
 
 
-@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "hub is gone", "hub is ill", "token expired"])
+@pytest.mark.parametrize(
+    "how", ["HF_HUB_OFFLINE", "hub is gone", "hub is ill", "token expired"]
+)
 def test_cached_model_needs_the_hub(hub, source, monkeypatch, how):
     """Whatever ails the hub: what was downloaded once can be loaded."""
     load("owner/name")
@@ -280,21 +303,24 @@ def test_cached_model_needs_the_hub(hub, source, monkeypatch, how):
 
 
 def test_broken_connection_spoils_the_file_or_starts_it_over(hub, source, monkeypatch):
-    """Within one call huggingface_hub goes on where it stopped, in steps of its chunks (10 MB;
-    smaller here), by a Range request. It waits a second before that."""
+    """Within one call huggingface_hub goes on where it stopped, in steps of its chunks (10
+    MB; smaller here), by a Range request. It waits a second before that."""
     no_waiting(monkeypatch)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
     hub.cuts[WEIGHTS] = 2
     assert same(load("owner/name")[0], source)
-    ranges = [h["Range"] for m, path, h in hub.requests if m == "GET" and path.endswith(WEIGHTS)]
+    ranges = [
+        h["Range"] for m, path, h in hub.requests if m == "GET" and path.endswith(WEIGHTS)
+    ]
     assert len(ranges) == 3 and ranges[0] is None
     first, second = (int(r.removeprefix("bytes=").removesuffix("-")) for r in ranges[1:])
     assert 0 < first < second and first % 50_000 == 0
 
 
 def test_download_that_failed_begins_from_nothing(hub, source, monkeypatch):
-    """After five fruitless retries huggingface_hub gives up. The next call keeps the files that
-    were complete; of the broken one nothing is kept, since it resumes within a call only."""
+    """After five fruitless retries huggingface_hub gives up. The next call keeps the files
+    that were complete; of the broken one nothing is kept, since it resumes within a call
+    only."""
     no_waiting(monkeypatch)
     hub.cuts[WEIGHTS] = 99
     sentence = refusal(load, "owner/name")
@@ -311,12 +337,13 @@ def test_half_a_download_is_taken_for_a_model(hub, monkeypatch):
     hub.cuts[WEIGHTS] = 99
     refusal(load, "owner/name")
     hub.stop()
-    assert "is not in the cache" in refusal(load, "owner/name")
+    assert hub.url in refusal(load, "owner/name")
 
 
 @pytest.mark.parametrize("change", [-1000, 1000])
 def test_content_of_another_length_is_kept(hub, source, change):
-    """huggingface_hub compares the length with the one announced; nothing wrong gets cached."""
+    """huggingface_hub compares the length with the one announced; nothing wrong gets
+    cached."""
     weights = hub.repos["models/owner/name"][WEIGHTS]
     hub.send[WEIGHTS] = weights[:change] if change < 0 else weights + bytes(change)
     sentence = refusal(load, "owner/name")
@@ -326,8 +353,9 @@ def test_content_of_another_length_is_kept(hub, source, change):
 
 
 def test_damaged_header_of_the_right_length_is_read(hub, source):
-    """huggingface_hub computes no checksum: the damage passes it, but not our reader. It stays in
-    the cache until the repository's whole folder there is removed, not only its snapshot."""
+    """huggingface_hub computes no checksum: the damage passes it, but not our reader. It
+    stays in the cache until the repository's whole folder there is removed, not only its
+    snapshot."""
     weights = hub.repos["models/owner/name"][WEIGHTS]
     hub.send[WEIGHTS] = b"<html>".ljust(100) + weights[100:]
     sentence = refusal(load, "owner/name")
@@ -341,8 +369,9 @@ def test_damaged_header_of_the_right_length_is_read(hub, source):
 
 
 def test_what_nothing_catches_flipped_bits_in_the_numbers(hub, source):
-    """Not a virtue but a limit, kept here so that nobody believes otherwise: content of the right
-    length with a sound header loads. Neither huggingface_hub nor safetensors has a checksum."""
+    """Not a virtue but a limit, kept here so that nobody believes otherwise: content of the
+    right length with a sound header loads. Neither huggingface_hub nor safetensors has a
+    checksum."""
     weights = hub.repos["models/owner/name"][WEIGHTS]
     hub.send[WEIGHTS] = weights[:-4] + bytes(b ^ 1 for b in weights[-4:])
     assert not same(load("owner/name")[0], source)
@@ -354,42 +383,44 @@ def test_what_nothing_catches_flipped_bits_in_the_numbers(hub, source):
 GATED = "Access is restricted. You must be authenticated to have it."
 
 
-@pytest.mark.parametrize("status", [401, 403])  # without a token; with one, the terms not accepted
-def test_gated_model_looks_like_a_wrong_name(hub, status):
+def advice(hub, kind="model", name="owner/name") -> str:
+    return f"the {kind} {name} could not be fetched from {hub.url}; check the "
+
+
+@pytest.mark.parametrize("status", [401, 403])  # no token; the terms are not accepted
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_gated_repository_hides_that_it_is(hub, status, kind):
     """On the hub a gated repository can be listed by all; only its files are refused."""
-    hub.refuse_files = status, "GatedRepo", GATED
-    sentence = refusal(load, "owner/name")
-    assert sentence.startswith("the model owner/name is gated: accept its terms on ")
-    assert "https://huggingface.co/owner/name and set HF_TOKEN" in sentence
-    assert GATED.rstrip(".") in sentence and "spelling" not in sentence
-
-
-def test_gated_dataset_points_to_the_page_of_a_model(hub):
-    """The page of terms of a data set is under datasets/."""
     hub.repos["datasets/owner/data"] = {"rows.json": b"[]"}
-    hub.refuse_files = 401, "GatedRepo", GATED
-    sentence = refusal(load_rows, "owner/data:rows.json")
-    assert sentence.startswith("the dataset owner/data is gated: ")
-    assert "https://huggingface.co/datasets/owner/data and" in sentence
+    hub.refuse_files = status, "GatedRepo", GATED
+    if kind == "model":
+        sentence = refusal(load, "owner/name")
+        assert sentence.startswith(advice(hub))
+    else:
+        sentence = refusal(load_rows, "owner/data:rows.json")
+        assert sentence.startswith(advice(hub, "dataset", "owner/data"))
+    assert "GatedRepoError" in sentence and GATED.rstrip(".") in sentence
 
 
-@pytest.mark.parametrize("name", ["owner/nmae", "owner/name--x"])  # the latter never leaves here
-def test_wrong_name_looks_like_a_broken_network(hub, name):
-    """The hub answers 401 for what is missing as for what is private: the sentence tells both."""
-    sentence = refusal(load, name)
-    assert sentence.startswith(f"the model {name} is not on {hub.url}: check the spelling; ")
-    assert "if it is private, set HF_TOKEN" in sentence and "network" not in sentence
+@pytest.mark.parametrize("name", ["owner/nmae", "owner/name--x"])
+def test_wrong_name_is_a_traceback(hub, name):
+    """The hub answers 401 for what is missing as for what is private; the second name never
+    leaves this machine."""
+    assert refusal(load, name).startswith(advice(hub, name=name))
+
+
+WORDS = "Invalid credentials in Authorization header"
 
 
 @pytest.mark.parametrize(
-    "status, message", [(401, "Invalid credentials in Authorization header"), (403, "no right")]
+    "status, words", [(401, WORDS), (403, "no right"), (503, "no disk")]
 )
-def test_bad_token_looks_like_a_broken_network(hub, status, message, monkeypatch):
-    """The hub refuses an expired token even for what is public."""
+def test_the_hubs_own_reason_is_lost(hub, status, words, monkeypatch):
+    """An expired token is refused even for what is public; a hub that is ill says so."""
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    hub.refuse_repo = status, None, message
+    hub.refuse_repo = status, None, words
     sentence = refusal(load, "owner/name")
-    assert "HF_TOKEN is valid" in sentence and message in sentence and "network" not in sentence
+    assert sentence.startswith(advice(hub)) and words in sentence
 
 
 def test_file_that_is_listed_but_not_there(hub):
@@ -397,22 +428,12 @@ def test_file_that_is_listed_but_not_there(hub):
     hub.gone.add("config.json")
     sentence = refusal(load, "owner/name")
     assert hub.url in sentence and "/config.json" in sentence and "Entry" in sentence
-    assert "spelling" not in sentence
-
-
-def test_hub_is_ill_and_the_user_looks_for_a_typo(hub):
-    """A hub that is down says so in a status and its own words; both are passed on."""
-    hub.refuse_repo = 503, None, "out of order"
-    sentence = refusal(load, "owner/name")
-    assert hub.url in sentence and "503" in sentence and "out of order" in sentence
-    assert "spelling" not in sentence
 
 
 def test_login_page_of_a_network_is_a_traceback(hub):
     """What answers is no hub: a hotel's page, or a wrong address in HF_ENDPOINT."""
     hub.portal = b"<html>Please log in</html>"
-    sentence = refusal(load, "owner/name")
-    assert hub.url in sentence and "HF_ENDPOINT" in sentence
+    assert refusal(load, "owner/name").startswith(advice(hub))
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -421,12 +442,11 @@ def test_no_hub_and_no_cache_leaves_one_guessing(hub, monkeypatch, offline):
     hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     sentence = refusal(load, "owner/name")
-    assert hub.url in sentence and "network" in sentence and "local folder" in sentence
-    assert ("offline mode is enabled" if offline else "ConnectError") in sentence
-    assert "local file instead" in refusal(load_rows, "owner/data:rows.json")
+    assert hub.url in sentence and "network" in sentence and "local path" in sentence
+    assert ("offline mode is enabled" if offline else "refused") in sentence
 
 
-def test_full_disk_looks_like_a_broken_network(hub, monkeypatch, tmp_path):
+def test_full_disk_is_a_traceback(hub, monkeypatch, tmp_path):
     """Both ways: no room in the middle of a file, and a cache that cannot be made."""
 
     def full(*_, **__):
@@ -435,11 +455,10 @@ def test_full_disk_looks_like_a_broken_network(hub, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", full)
         sentence = refusal(load, "owner/name")
-        assert "No space left" in sentence and "check its disk, or set HF_HOME" in sentence
+        assert "No space left" in sentence and "the disk" in sentence
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
-    sentence = refusal(load, "owner/name")
-    assert f"cannot be kept in {tmp_path}/file/cache" in sentence and "network" not in sentence
+    assert f"{tmp_path}/file/cache" in refusal(load, "owner/name")
 
 
 # ---- a whole program, as a user's shell starts it
@@ -459,15 +478,24 @@ def python(hub, home, *arguments, **environment):
 
 
 def test_program_reads_another_endpoint_cache_or_token(hub, tmp_path):
-    """The tests above set huggingface_hub's constants; here it is the environment, with no more of
-    its variables than these: all else is as huggingface_hub has it by default."""
-    limits = ["--attempt_tokens=4", "--reflection_tokens=144", "--retry_tokens=4", "--eval_n=1"]
+    """The tests above set huggingface_hub's constants; here it is the environment, with no
+    more of its variables than these: all else is as huggingface_hub has it by default."""
+    limits = [
+        "--attempt_tokens=4",
+        "--reflection_tokens=144",
+        "--retry_tokens=4",
+        "--eval_n=1",
+    ]
     arguments = ["eval.py", "--model=owner/name", f"--out={tmp_path / 'out'}", *limits]
     done = python(hub, tmp_path, *arguments, HF_TOKEN="hf_secret")
-    assert done.returncode == 0 and "owner/name: 0.1 M parameters" in done.stdout, done.stderr
+    assert done.returncode == 0 and "owner/name: 0.1 M parameters" in done.stdout, (
+        done.stderr
+    )
     assert (tmp_path / "out" / "eval.json").is_file()
     assert Counter(hub.fetched) == Counter(OURS)
-    assert any(headers["Authorization"] == "Bearer hf_secret" for _, _, headers in hub.requests)
+    assert any(
+        headers["Authorization"] == "Bearer hf_secret" for _, _, headers in hub.requests
+    )
 
     hub.requests.clear()
     script = "import model; model.load('owner/name')"
@@ -478,7 +506,9 @@ def test_program_reads_another_endpoint_cache_or_token(hub, tmp_path):
 def test_program_ends_in_a_traceback(hub, tmp_path):
     """What a user sees of a gated model: one sentence, after the bars of what was begun."""
     hub.refuse_files = 401, "GatedRepo", GATED
-    done = python(hub, tmp_path, "eval.py", "--model=owner/name", f"--out={tmp_path / 'out'}")
+    done = python(
+        hub, tmp_path, "eval.py", "--model=owner/name", f"--out={tmp_path / 'out'}"
+    )
     assert done.returncode == 1 and done.stdout == "" and "Traceback" not in done.stderr
     last = done.stderr.strip().split("\n")[-1]
-    assert last.startswith("eval.py: the model owner/name is gated: accept its terms on https://")
+    assert last.startswith(f"eval.py: {advice(hub)}") and "GatedRepoError" in last

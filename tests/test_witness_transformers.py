@@ -50,7 +50,8 @@ FAMILIES = {
 
 
 def write(folder, family, tied):
-    """A random model of transformers, with norms and biases that are not the neutral ones."""
+    """A random model of transformers, with norms and biases that are not the neutral
+    ones."""
     name, extra = FAMILIES[family]
     torch.manual_seed(1)
     settings = {**COMMON, **extra, "tie_word_embeddings": tied}
@@ -78,9 +79,9 @@ def compare(ours, reference, ids, start=0, what="random weights"):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(tmp_path, family, tied):
-    """Short prompts hide errors in the rope scaling, so far positions too. Phi-3 turns to its long
-    factors beyond its original length, in transformers by the positions at hand, here by the
-    context asked for."""
+    """Short prompts hide errors in the rope scaling, so far positions too. Phi-3 turns to
+    its long factors beyond its original length, in transformers by the positions at hand,
+    here by the context asked for."""
     reference = write(tmp_path / "m", family, tied)
     ids = torch.randint(0, 256, (2, 200), generator=torch.Generator().manual_seed(0))
     ours, _ = load(str(tmp_path / "m"), context=256)
@@ -93,8 +94,8 @@ def test_logits(tmp_path, family, tied):
 
 
 def test_older_config_of_the_hub_is_the_same_model(tmp_path):
-    """Llama 3.2 and Phi-3.5 on the hub have rope_theta and rope_scaling; transformers now writes
-    rope_parameters."""
+    """Llama 3.2 and Phi-3.5 on the hub have rope_theta and rope_scaling; transformers now
+    writes rope_parameters."""
     for family, key in (("llama", "rope_type"), ("phi3", "type")):
         folder = tmp_path / family
         reference = write(folder, family, False)
@@ -125,17 +126,28 @@ def test_saved_folder_loads_in_transformers(tmp_path, monkeypatch, family, tied)
         )
         assert not any(info.values()), info
         compare(ours, theirs.eval(), ids)
-        assert transformers.AutoTokenizer.from_pretrained(tmp_path / name).chat_template == CHATML
+        assert (
+            transformers.AutoTokenizer.from_pretrained(tmp_path / name).chat_template
+            == CHATML
+        )
     save(ours, chat, tmp_path / "half", dtype=torch.bfloat16)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "half", dtype="auto"
+    )
     assert theirs.dtype == torch.bfloat16
 
 
 CONVERSATIONS = {
     "user": [
-        {"role": "user", "content": "Use [3, 7, 25] for 46.\n  <answer> 3 & 7 </answer> é 你好"}
+        {
+            "role": "user",
+            "content": "Use [3, 7, 25] for 46.\n  <answer> 3 & 7 </answer> é 你好",
+        }
     ],
-    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 2+3? "}],
+    "system": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " 2+3? "},
+    ],
     "turns": [
         {"role": "user", "content": "2+3?"},
         {"role": "assistant", "content": "6"},
@@ -166,7 +178,9 @@ def real(name):
 def pair(request):
     name = real(request.param)
     ours, chat = load(name)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32
+    ).eval()
     return ours, chat, theirs, transformers.AutoTokenizer.from_pretrained(name), name
 
 
@@ -200,7 +214,11 @@ def test_real_round_trip_is_bit_equal(pair, tmp_path):
     ours, chat = load(name, dtype=torch.bfloat16)
     save(ours, chat, tmp_path / "saved")
     again, _ = load(str(tmp_path / "saved"), dtype=torch.bfloat16)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype="auto"
+    )
     reference = theirs.state_dict()
-    for key, tensor in again.state_dict().items():
-        assert torch.equal(tensor, ours.state_dict()[key]) and torch.equal(tensor, reference[key])
+    before = dict(ours.named_parameters())
+    for name, tensor in again.named_parameters():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(tensor, reference[name])

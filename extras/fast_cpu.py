@@ -1,0 +1,58 @@
+"""Here because oneDNN's own layout of weights is a third of a decoding step's speed on a
+CPU.
+
+    pack(model)  # once, after loading
+
+Each linear layer then multiplies with a copy of its weight in blocks as oneDNN wants them.
+A plain weight is laid out anew in every product, which at the few rows of a decoding step
+costs as much as the product. Only sampling does so, known by inference mode. Training, the
+names in state_dict(), tied weights and saving are what they were without it.
+"""
+
+import torch
+from torch import nn
+
+onednn = torch.ops.mkldnn
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a packed copy of its weight, renewed when the weight has
+    changed."""
+
+    packed = packed_from = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), in the dtype of x, which is the weight's."""
+        if not torch.is_inference_mode_enabled() or not can_pack(self.weight):
+            return super().forward(x)
+        # An update in place (an optimizer's step) raises the version; a new tensor (.to)
+        # has another address or dtype.
+        state = self.weight.data_ptr(), self.weight._version, self.weight.dtype
+        if self.packed_from != state:
+            self.packed = onednn._reorder_linear_weight(self.weight)
+            self.packed_from = state
+        return onednn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def __getstate__(self):
+        """What copy.deepcopy takes along: all but the packed copy, which it makes anew."""
+        state = super().__getstate__()
+        state.pop("packed", None)
+        state.pop("packed_from", None)
+        return state
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """oneDNN is there, the weight is on the CPU, and this CPU multiplies in its dtype."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return onednn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+def pack(model: nn.Module) -> None:
+    """Makes every nn.Linear of the model a PackedLinear, in place: the same objects, so
+    that their Parameters keep their names and ties."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = PackedLinear
