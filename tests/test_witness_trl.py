@@ -1,18 +1,19 @@
-"""rrr.py against TRL's GRPOTrainer, the trainer that the paper extends: the same loss and gradient.
+"""rrr.py against TRL's GRPOTrainer, the trainer that the paper extends: the same loss and
+gradient.
 
-A real GRPOTrainer is given our episodes as its rollouts: its compute_loss with log-probs made up
-for the purpose, and two whole steps of its `train` on a small random model. Runs where trl is
-installed. What equals what (trl 1.16):
+A real GRPOTrainer is given our episodes as its rollouts: its compute_loss with log-probs
+made up for the purpose, and two whole steps of its `train` on a small random model. Runs
+where trl is installed. What equals what (trl 1.16):
 
     --loss_norm    loss_type    where they differ
-    token          dapo         TRL counts the groups without signal too; ours leaves them out
+    token          dapo         TRL counts the groups without signal, too; ours does not
     token          bnpo         equal in a single micro-batch only: it counts each by itself
     sequence       grpo         as in dapo: groups without signal
     constant       dr_grpo      as in dapo; the constant is max_completion_length
 
-TRL divides advantages by the unbiased standard deviation, ours by the biased one. TRL multiplies
-the KL estimate by the ratio unless use_bias_correction_kl is False, GRPO as published does not.
-"""
+TRL divides advantages by the unbiased standard deviation, ours by the biased one. TRL
+multiplies the KL estimate by the ratio unless use_bias_correction_kl is False, GRPO as
+published does not."""
 
 import math
 import statistics
@@ -23,17 +24,17 @@ import torch
 
 pytest.importorskip("trl", reason="trl is not installed: pip install trl==1.16.0")
 transformers = pytest.importorskip("transformers", reason="trl needs transformers==5.23.0")
-from datasets import Dataset  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
 from conftest import close  # noqa: E402
-from test_loss import make_episodes  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from test_loss import make_episodes, settings  # noqa: E402
 from test_model import write_chat  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from model import load  # noqa: E402
 from rrr import (  # noqa: E402
     TRAINED_TURNS,
     assign_advantages,
+    backward,
     grpo_loss,
     make_batches,
     trained_logps,
@@ -42,9 +43,11 @@ from rrr import (  # noqa: E402
 LOW, HIGH = 0.2, 0.28  # not alike, so that one side's bound on the other would show
 CAP, G = 24, 4  # the constant of Dr. GRPO; the group size
 LOSSES = {"dapo": "token", "bnpo": "token", "grpo": "sequence", "dr_grpo": "constant"}
-EQUAL = [(name, parts) for name in LOSSES for parts in (1, 3) if (name, parts) != ("bnpo", 3)]
+EQUAL = [(name, parts) for name in LOSSES for parts in (1, 3)]
+EQUAL.remove(("bnpo", 3))
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of trl and transformers, about themselves
+# Of trl and transformers, about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,8 @@ def folder(tmp_path_factory):
 
 
 def number(episodes):
-    """Writes 0, 1, 2, ... where the sampler's log-probs stand, one number to a sampled token, so
-    that each place in a batch tells its token. Returns how many there are."""
+    """Writes 0, 1, 2, ... where the sampler's log-probs stand, one number to a sampled
+    token, so that each place in a batch tells its token. Returns how many there are."""
     count, seen = 0, set()
     for episode in episodes:
         for turn in (episode.attempt, episode.reflection, *episode.retries):
@@ -84,8 +87,8 @@ def number(episodes):
 
 
 def rollouts(episodes, train_on):
-    """The episodes as TRL wants them: prompt, completion, and which of its tokens were sampled.
-    Made from the turns themselves, not by our `spans`."""
+    """The episodes as TRL wants them: prompt, completion, and which of its tokens were
+    sampled. Made from the turns themselves, not by our `ids_and_mask`."""
     first, last = TRAINED_TURNS[train_on][0], TRAINED_TURNS[train_on][-1]
     rows = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
     for episode in episodes:
@@ -105,8 +108,8 @@ def rollouts(episodes, train_on):
 
 
 def make_trainer(folder, loss_type, episodes, train_on="reflection", parts=1, **more):
-    """A GRPOTrainer on the folder's model, in float64, whose rollouts are the episodes, in `parts`
-    micro-batches, and whose reward function returns the episodes' rewards."""
+    """A GRPOTrainer on the folder's model, in float64, whose rollouts are the episodes, in
+    `parts` micro-batches, and whose reward function returns the episodes' rewards."""
     settings = {
         "output_dir": str(folder.parent / "out"),
         "use_cpu": True,
@@ -123,11 +126,12 @@ def make_trainer(folder, loss_type, episodes, train_on="reflection", parts=1, **
         "max_completion_length": CAP,
         "use_bias_correction_kl": False,
     }
+    groups = len({episode.group for episode in episodes})
     trainer = GRPOTrainer(
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64),
         lambda prompts, **_: [episode.reward for episode in episodes],
         args=GRPOConfig(**(settings | more)),
-        train_dataset=Dataset.from_dict({"prompt": ["-"] * len({e.group for e in episodes})}),
+        train_dataset=Dataset.from_dict({"prompt": ["-"] * groups}),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         rollout_func=lambda prompts, trainer: rollouts(episodes, train_on),
     )
@@ -137,13 +141,15 @@ def make_trainer(folder, loss_type, episodes, train_on="reflection", parts=1, **
 
 
 def score(trainer, episodes):
-    """TRL's own way from rollouts to padded tensors, masks, advantages and the token count."""
+    """TRL's own way from rollouts to padded tensors, masks, advantages and the token
+    count."""
     return trainer._generate_and_score_completions([{"prompt": "-"}] * len(episodes))
 
 
 def made_up(count, seed=0):
-    """Log-probs of the model, of the model before, and of the reference, by token number; the last
-    place is everything that was not sampled, with wild values. Far off-policy, in float64."""
+    """Log-probs of the model, of the model before, and of the reference, by token number;
+    the last place is everything that was not sampled, with wild values. Far off-policy, in
+    float64."""
     torch.manual_seed(seed)
     new = -3 * torch.rand(count + 1, dtype=torch.float64)
     old, ref = (new + 0.4 * torch.randn(count + 1, dtype=torch.float64) for _ in range(2))
@@ -154,33 +160,31 @@ def made_up(count, seed=0):
 # ---- the two losses, on given log-probs ----
 
 
-def our_loss(episodes, train_on, norm, values, beta, max_tokens=10**6):
+def our_settings(**changes):
+    bounds = {"clip_low": LOW, "clip_high": HIGH, "reflection_tokens": CAP}
+    return settings(**(bounds | changes))
+
+
+def our_loss(episodes, values, config):
     new, old, ref = values
     new = new.clone().requires_grad_()
-    loss, kl, clipped, tokens, sides = 0.0, 0.0, 0.0, 0, []
-    for batch in make_batches(episodes, train_on, norm, CAP, max_tokens):
+    loss, kl_sum, clipped, tokens, sides = 0.0, 0.0, 0, 0, []
+    for batch in make_batches(episodes, config):
         place = torch.where(batch.mask, batch.sampled_logps.long(), len(new) - 1)
-        part, seen = grpo_loss(
-            new[place],
-            old[place],
-            batch.advantages,
-            batch.weights,
-            ref[place] if beta else None,
-            beta,
-            LOW,
-            HIGH,
-        )
+        given_ref = ref[place] if config.kl_beta else None
+        part, kl, is_clipped = grpo_loss(new[place], old[place], given_ref, batch, config)
         loss = loss + part
-        kl += seen["kl"][batch.mask].sum().item()
-        clipped += seen["clip_fraction"][batch.mask].sum().item()
+        assert not kl[~batch.mask].any() and not is_clipped[~batch.mask].any()
+        kl_sum += kl.sum().item()
+        clipped += int(is_clipped.sum())
         tokens += int(batch.mask.sum())
-        sides.append((batch.advantages * seen["clip_fraction"])[batch.mask])
+        sides.append((batch.advantages * is_clipped)[batch.mask])
     loss.backward()
     sides = torch.cat(sides)
     return SimpleNamespace(
         loss=loss.item(),
         grad=new.grad,
-        kl=kl / tokens,
+        kl=kl_sum / tokens,
         clipped=clipped / tokens,
         above=int((sides > 0).sum()),
         below=int((sides < 0).sum()),
@@ -202,7 +206,9 @@ def trl_loss(trainer, episodes, values, beta, parts):
         inputs["ref_per_token_logps"] = ref[place]
     loss = 0.0
     for rows in torch.arange(len(episodes)).chunk(parts):
-        part = {key: tensor[rows] if tensor.dim() else tensor for key, tensor in inputs.items()}
+        part = {}
+        for key, tensor in inputs.items():
+            part[key] = tensor[rows] if tensor.dim() else tensor
         given = new[place[rows]], torch.zeros(place[rows].shape), None
         trainer._get_per_token_logps_and_entropies = lambda *_, given=given, **__: given
         loss = loss + trainer.compute_loss(trainer.model, part)
@@ -220,12 +226,14 @@ def distance(a, b):
 @pytest.mark.parametrize("beta", [0.0, 0.1], ids=["no kl", "kl"])
 @pytest.mark.parametrize("loss_type, parts", EQUAL)
 def test_loss_and_gradient_equal_trls(folder, loss_type, parts, beta, train_on):
-    """Prevents: the clip on the wrong side or with the other side's bound, a sign, KL the wrong way
-    round, a denominator that is not the batch's, glue that is trained, advantages of a neighbour.
-    Ratios are far from 1, both sides clip, the log-probs outside the mask are wild."""
+    """Prevents: the clip on the wrong side or with the other side's bound, a sign, KL the
+    wrong way round, a denominator that is not the batch's, glue that is trained, advantages
+    of a neighbour. Ratios are far from 1, both sides clip, the log-probs outside the mask
+    are wild."""
     episodes = make_episodes(groups=3, G=G, seed=2)
     values = made_up(number(episodes))
-    ours = our_loss(episodes, train_on, LOSSES[loss_type], values, beta)
+    config = our_settings(train_on=train_on, loss_norm=LOSSES[loss_type], kl_beta=beta)
+    ours = our_loss(episodes, values, config)
     trainer = make_trainer(folder, loss_type, episodes, train_on, parts, beta=beta)
     theirs = trl_loss(trainer, episodes, values, beta, parts)
     close("TRL, the loss", abs(ours.loss / theirs.loss - 1), 1e-5)
@@ -235,16 +243,19 @@ def test_loss_and_gradient_equal_trls(folder, loss_type, parts, beta, train_on):
         region = theirs.metrics["clip_ratio/region_mean"]
         assert math.isclose(ours.clipped, region, rel_tol=1e-5)
         assert not beta or math.isclose(ours.kl, theirs.metrics["kl"], rel_tol=1e-5)
-    assert ours.above > 10 and ours.below > 10, "both sides must clip, or this shows nothing"
+    # Both sides must clip, or this shows nothing.
+    assert ours.above > 10 and ours.below > 10
 
 
 @pytest.mark.parametrize("loss_type, parts", EQUAL)
 def test_our_micro_batches_equal_trls_whole_batch(folder, loss_type, parts):
-    """Prevents: a denominator that follows the micro-batches: ours are cut group by group here,
-    TRL's are not cut, or cut elsewhere."""
+    """Prevents: a denominator that follows the micro-batches: ours are cut group by group
+    here, TRL's are not cut, or cut elsewhere."""
     episodes = make_episodes(groups=6, G=G, seed=3)
     values = made_up(number(episodes), seed=1)
-    ours = our_loss(episodes, "reflection", LOSSES[loss_type], values, 0.1, max_tokens=1)
+    norm = LOSSES[loss_type]
+    config = our_settings(loss_norm=norm, kl_beta=0.1, micro_batch_tokens=1)
+    ours = our_loss(episodes, values, config)
     trainer = make_trainer(folder, loss_type, episodes, parts=parts, beta=0.1)
     theirs = trl_loss(trainer, episodes, values, 0.1, parts)
     close("TRL, the loss", abs(ours.loss / theirs.loss - 1), 1e-5)
@@ -252,24 +263,24 @@ def test_our_micro_batches_equal_trls_whole_batch(folder, loss_type, parts):
 
 
 def test_known_difference_bnpo_depends_on_the_micro_batches(folder):
-    """bnpo divides each micro-batch by its own tokens, ours never does. Prevents: the loss named
-    `token` turning into bnpo unseen."""
+    """bnpo divides each micro-batch by its own tokens, ours never does. Prevents: the loss
+    named `token` turning into bnpo unseen."""
     episodes = make_episodes(groups=3, G=G, seed=2)
     values = made_up(number(episodes))
-    ours = our_loss(episodes, "reflection", "token", values, 0.0, max_tokens=1)
+    ours = our_loss(episodes, values, our_settings(micro_batch_tokens=1))
     trainer = make_trainer(folder, "bnpo", episodes, parts=3, beta=0.0)
     assert distance(trl_loss(trainer, episodes, values, 0.0, 3).grad, ours.grad) > 0.01
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_known_difference_groups_without_signal(folder, loss_type):
-    """TRL's denominators count groups whose rewards are all equal, ours do not: without KL the two
-    differ by exactly that share. Prevents: a share that changes unseen, or a gradient from such a
-    group. (With KL, TRL's loss holds these groups' KL as well.)"""
+    """TRL's denominators count groups whose rewards are all equal, ours do not: without KL
+    the two differ by exactly that share. Prevents: a share that changes unseen, or a
+    gradient from such a group. (With KL, TRL's loss holds these groups' KL as well.)"""
     rewards = [[1.0, 0.0, 0.0, 0.0], [0.0] * 4, [1.0, 1.0, 0.0, 1.0]]
     episodes = make_episodes(groups=3, G=G, seed=4, rewards=rewards)
     values = made_up(number(episodes))
-    ours = our_loss(episodes, "reflection", LOSSES[loss_type], values, 0.0)
+    ours = our_loss(episodes, values, our_settings(loss_norm=LOSSES[loss_type]))
     trainer = make_trainer(folder, loss_type, episodes, beta=0.0)
     theirs = trl_loss(trainer, episodes, values, 0.0, 1)
     tokens = [len(episode.reflection.ids) for episode in episodes]
@@ -282,16 +293,18 @@ def test_known_difference_groups_without_signal(folder, loss_type):
 
 
 def test_known_difference_trl_multiplies_kl_by_the_ratio(folder):
-    """By default TRL's KL term is rho * kl, ours kl, as GRPO was published. Prevents: the one
-    taken for the other. The difference is exactly that, and with KL off there is none."""
+    """By default TRL's KL term is rho * kl, ours kl, as GRPO was published. Prevents: the
+    one taken for the other. The difference is exactly that, and with KL off there is
+    none."""
     episodes = make_episodes(groups=3, G=G, seed=2)
     new, old, ref = values = made_up(number(episodes))
-    [batch] = make_batches(episodes, "reflection", "token", CAP, 10**6)
+    [batch] = make_batches(episodes, our_settings())
     place = batch.sampled_logps.long()[batch.mask]
     log_ratio, gap = (new - old)[place], (ref - new)[place]
     for beta in (0.0, 0.1):
-        ours = our_loss(episodes, "reflection", "token", values, beta)
-        trainer = make_trainer(folder, "dapo", episodes, beta=beta, use_bias_correction_kl=True)
+        ours = our_loss(episodes, values, our_settings(kl_beta=beta))
+        default = {"use_bias_correction_kl": True}
+        trainer = make_trainer(folder, "dapo", episodes, beta=beta, **default)
         theirs = trl_loss(trainer, episodes, values, beta, 1)
         more = beta * ((log_ratio.exp() - 1) * (gap.exp() - gap - 1)).mean().item()
         assert beta == 0 or abs(more) > 1e-3
@@ -304,12 +317,14 @@ def test_known_difference_trl_multiplies_kl_by_the_ratio(folder):
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("retries", [1, 4])
 def test_advantages_equal_trls_but_for_its_unbiased_deviation(folder, size, retries):
-    """Prevents: groups mixed up, the mean or the 1e-4 in the wrong place. Ours divide by the
-    group's biased standard deviation s, TRL's by the unbiased one, s * sqrt(G / (G - 1)): ours are
-    that much larger, a fixed factor for a fixed G. Without scaling (Dr. GRPO) they are equal."""
+    """Prevents: groups mixed up, the mean or the 1e-4 in the wrong place. Ours divide by
+    the group's biased standard deviation s, TRL's by the unbiased one, s * sqrt(G / (G -
+    1)): ours are that much larger, a fixed factor for a fixed G. Without scaling (Dr. GRPO)
+    they are equal."""
     generator = torch.Generator().manual_seed(size)
     rewards = torch.randint(0, retries + 1, (6, size), generator=generator) / retries
-    rewards[0], rewards[1, 0], rewards[1, 1] = 1.0, 0.0, 1.0  # one group without signal, one with
+    rewards[0] = 1.0  # without signal
+    rewards[1, 0], rewards[1, 1] = 0.0, 1.0  # with it
     episodes = make_episodes(groups=6, G=size, rewards=rewards.tolist())
     for scale in (True, False):
         assign_advantages(episodes, scale)
@@ -320,7 +335,8 @@ def test_advantages_equal_trls_but_for_its_unbiased_deviation(folder, size, retr
         for episode, advantage in zip(episodes, theirs, strict=True):
             s = statistics.pstdev(rewards[episode.group].tolist())
             ratio = (s * math.sqrt(size / (size - 1)) + 1e-4) / (s + 1e-4) if scale else 1.0
-            assert math.isclose(episode.advantage, advantage * ratio, rel_tol=1e-5, abs_tol=1e-6)
+            near = {"rel_tol": 1e-5, "abs_tol": 1e-6}
+            assert math.isclose(episode.advantage, advantage * ratio, **near)
 
 
 # ---- the whole road: TRL's own forward pass, accumulation and steps ----
@@ -333,11 +349,12 @@ def gradients(model):
 @pytest.mark.parametrize("train_on", TRAINED_TURNS)
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_two_steps_of_trls_train(folder, loss_type, train_on):
-    """The weights' gradient in both optimizer steps on one batch, against `GRPOTrainer.train` with
-    plain SGD: its forward pass, temperature, shift, masks, reference model, advantages, three
-    micro-batches and their accumulation. The first step is on-policy; the second is off-policy
-    and clips. Prevents: temperature left out, a shift by one, a prefix that is shared wrongly, the
-    old log-probs taken after the first step, gradients scaled by the number of micro-batches."""
+    """The weights' gradient in both optimizer steps on one batch, against
+    `GRPOTrainer.train` with plain SGD: its forward pass, temperature, shift, masks,
+    reference model, advantages, three micro-batches and their accumulation. The first step
+    is on-policy; the second is off-policy and clips. Prevents: temperature left out, a
+    shift by one, a prefix that is shared wrongly, the old log-probs taken after the first
+    step, gradients scaled by the number of micro-batches."""
     T, beta, lr = 0.7, 0.05, 0.05
     episodes = make_episodes(groups=3, G=G, seed=6)
     assign_advantages(episodes, scale=False)
@@ -369,16 +386,20 @@ def test_two_steps_of_trls_train(folder, loss_type, train_on):
     assert len(steps) == 2 and not any(clipped[0]) and 0.1 < max(clipped[1]) < 0.9
 
     model, _ = load(str(folder), dtype=torch.float64)
-    batches = make_batches(episodes, train_on, LOSSES[loss_type], CAP, 1)
+    config = our_settings(
+        train_on=train_on,
+        loss_norm=LOSSES[loss_type],
+        kl_beta=beta,
+        temperature=T,
+        micro_batch_tokens=1,
+    )
+    batches = make_batches(episodes, config)
     assert len(batches) == 3
     with torch.no_grad():
         before = [trained_logps(model, batch, T) for batch in batches]
-    for theirs in steps:
+    for i, theirs in enumerate(steps):
         model.zero_grad()
-        for batch, old in zip(batches, before):
-            logps = trained_logps(model, batch, T)
-            loss, _ = grpo_loss(logps, old, batch.advantages, batch.weights, old, beta, LOW, HIGH)
-            loss.backward()
+        backward(model, batches, before if i else None, before, config)
         ours = gradients(model)
         assert ours.keys() == theirs.keys()
         worst = max(distance(ours[name], theirs[name]) for name in ours)
