@@ -1,8 +1,8 @@
 """A folder that we save, opened by vLLM: the same greedy ids and text.
 
-Needs vLLM's CPU build (or a GPU and vLLM), and real weights in $MODELS (or ~/.cache/real-models).
-vLLM writes the ids of its own tokenizer and template for chat messages, so these are compared, too.
-"""
+Needs vLLM's CPU build (or a GPU and vLLM), and real weights in $MODELS (or
+~/.cache/real-models). vLLM writes the ids of its own tokenizer and template for chat
+messages, so these are compared, too."""
 
 import os
 from pathlib import Path
@@ -16,14 +16,19 @@ from model import load, save  # noqa: E402
 from sampler import Conversations  # noqa: E402
 
 REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
-QUESTIONS = ["What is the capital of France?", "What is 2+3?", "Write one sentence about the sea."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "What is 2+3?",
+    "Write one sentence about the sea.",
+]
 NEW_TOKENS = 24
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-coder-0.5b"])
 def test_vllm_writes_the_same_from_a_saved_folder(name, tmp_path, monkeypatch):
-    """Prevents: a checkpoint that loads, but with another tie, config, template, tokenizer or
-    stop token. The weights are moved first, as training would: the source is not what is read."""
+    """Prevents: a checkpoint that loads, but with another tie, config, template, tokenizer
+    or stop token. The weights are moved first, as training would: the source is not what is
+    read."""
     if not (REAL / name / "tokenizer.json").is_file():
         pytest.skip(f"{name} is not in {REAL}")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
