@@ -1,7 +1,7 @@
 """Real weights through the whole road, and greedy ids against transformers' own generation.
 
-The models are looked for in $MODELS (or ~/.cache/real-models); what is missing is skipped by name.
-"""
+The models are looked for in $MODELS (or ~/.cache/real-models); what is missing is skipped
+by name."""
 
 import itertools
 import json
@@ -13,8 +13,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 
-import train  # noqa: E402
 from conftest import ROOT  # noqa: E402
+
+import train  # noqa: E402
 from model import load  # noqa: E402
 from sampler import Conversations  # noqa: E402
 
@@ -40,7 +41,8 @@ def test_two_greedy_turns_equal_transformers_ids(name):
     gives row by row, and text that reads as sense."""
     model, chat = load(folder(name))
     prompts = [chat.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
-    reference = transformers.AutoModelForCausalLM.from_pretrained(REAL / name, dtype=torch.float32)
+    auto = transformers.AutoModelForCausalLM
+    reference = auto.from_pretrained(REAL / name, dtype=torch.float32)
     conversations = Conversations(model, len(prompts), 400)
     conversations.extend(prompts)
     texts = [list(prompt) for prompt in prompts]
@@ -79,26 +81,30 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, options", [(name, options) for name, many in RUNS.items() for options in many]
-)
-def test_a_step_on_real_weights_logs_saves_and_resumes(name, options, tmp_path, monkeypatch):
+CASES = [(name, options) for name, many in RUNS.items() for options in many]
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_a_step_on_real_weights_logs_saves_and_resumes(
+    name, options, tmp_path, monkeypatch
+):
     """Two steps, the first of them before an interruption. Sampler and trainer agree on the
     log-probs of real models, and what is saved is loaded by transformers."""
     monkeypatch.chdir(tmp_path)
     if "--data" in options and not Path(options[-1]).exists():
         pytest.skip(f"{options[-1]} is not there")
-    quick = "--dtype float32 --batch_size 2 --group_size 2 --pool_problems 2 --eval_n 1".split()
-    quick += ["--save_every", "1"]
-    limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24 --steps 2".split()
-    # So few tokens solve nothing: every second answer is called right, every first one wrong.
-    verify, calls = train.Rollout._verify, itertools.count()
+    quick = "--dtype float32 --batch_size 2 --group_size 2 --pool_problems 2".split()
+    quick += "--eval_n 1 --save_every 1 --steps 2".split()
+    limits = "--attempt_tokens 24 --reflection_tokens 16 --retry_tokens 24".split()
+    # So few tokens solve nothing: every second answer is called right, every first one
+    # wrong.
+    verify, calls = train.Rollout.verify, itertools.count()
 
     def take_turns(self, problem, turn):
         is_retry = len(turn.prompt_ids) < 60  # all that comes before it is in the cache
         return verify(self, problem, turn) | {"ok": is_retry and next(calls) % 2 == 0}
 
-    monkeypatch.setattr(train.Rollout, "_verify", take_turns)
+    monkeypatch.setattr(train.Rollout, "verify", take_turns)
     update, interrupted = train.update, []
 
     def interrupt_once(model, reference, optimizer, batches, config, step):
