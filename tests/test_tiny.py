@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from extras import make_tiny
 from model import Decoder, ModelConfig, read_json
 from tasks import in_test
 from tasks.countdown import Countdown, evaluate
-from tiny import make_tiny
 
 TASK = Countdown(difficulty=f"3x{make_tiny.MAX_NUMBER}")
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -22,8 +22,11 @@ CHECK = re.compile(r"=(\d+)=(\d+)\? (yes|no)")
 def conversations():
     rng = random.Random(0)
     problems = TASK.problems("train", 300, seed=0)
-    drawn = [make_tiny.conversation(p, TASK, rng, right) for p in problems for right in (0.6, 0)]
-    return [(problem, turns) for problem, turns in zip([p for p in problems for _ in "ab"], drawn)]
+    pairs = []
+    for problem in problems:
+        for right in (0.6, 0):
+            pairs.append((problem, make_tiny.conversation(problem, TASK, rng, right)))
+    return pairs
 
 
 def test_no_test_problem_is_in_the_corpus():
@@ -48,8 +51,9 @@ def test_all_arithmetic_and_every_verdict_are_true(conversations):
 
 
 def test_answers_are_what_their_working_says(conversations):
-    """An expression gives the result of its steps; what a search found solves the problem, and is
-    what the retry answers. Prevents: parentheses left out, a retry that ignores its reflection."""
+    """An expression gives the result of its steps; what a search found solves the problem,
+    and is what the retry answers. Prevents: parentheses left out, a retry that ignores its
+    reflection."""
     found = 0
     for problem, turns in conversations:
         for text in turns[::2]:
@@ -74,7 +78,11 @@ def test_the_kind_of_reflection_does_not_depend_on_the_problem(conversations):
         if len(turns) == 3:
             kinds[problem["target"] < 30].append("?" in turns[1])
     small, large = (sum(some) / len(some) for some in kinds.values())
-    assert abs(small - make_tiny.KINDS["search"]) < 0.1 > abs(large - make_tiny.KINDS["search"])
+    assert (
+        abs(small - make_tiny.KINDS["search"])
+        < 0.1
+        > abs(large - make_tiny.KINDS["search"])
+    )
 
 
 def test_the_warm_up_repeats_itself(tiny_chat):
@@ -83,8 +91,8 @@ def test_the_warm_up_repeats_itself(tiny_chat):
     problems = TASK.problems("train", 100, seed=0)
     states = []
     for _ in range(2):
-        torch.manual_seed(0)
         model = Decoder(config, 1024)
+        make_tiny.initialise(model, seed=0)
         stream = make_tiny.batches(problems, TASK, tiny_chat, random.Random(0), rows=4)
         make_tiny.warm_up(model, tiny_chat, stream, steps=3)
         states.append(model.state_dict())
@@ -95,7 +103,9 @@ def test_only_the_assistants_turns_are_trained(tiny_chat):
     """Prevents: a model that learns to write prompts, or the share of its own failures."""
     rng = random.Random(0)
     problems = TASK.problems("train", 50, seed=0)
-    for ids, trained in itertools.islice(make_tiny.batches(problems, TASK, tiny_chat, rng), 16):
+    for ids, trained in itertools.islice(
+        make_tiny.batches(problems, TASK, tiny_chat, rng), 16
+    ):
         for row, mask in zip(ids.tolist(), trained.tolist()):
             words = tiny_chat.decode([i for i, is_trained in zip(row, mask) if is_trained])
             assert "Use the numbers" not in words
@@ -104,5 +114,7 @@ def test_only_the_assistants_turns_are_trained(tiny_chat):
 
 def test_the_embedded_model_is_small_and_spells_digits(tiny_chat):
     folder = ROOT / "tiny"
-    assert sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 8 * 10**6
+    assert (
+        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 8 * 10**6
+    )
     assert len(tiny_chat.encode("1234567890")) == 10

@@ -1,0 +1,225 @@
+"""Here because what the embedded model has learnt, and has not, should be open to all.
+
+    python -m extras.make_tiny --out NEW_FOLDER
+
+RRR can only reward what sometimes happens. So this warm-up teaches attempts (a guess with
+its arithmetic), reflections (vague; a diagnosis: "I got 33, not 43: too low."; or a search:
+"12+3=15, 15+7=22=43? no; 12*3=36, 36+7=43=43? yes") and retries (what was found, or another
+guess). Which kind comes does not depend on the problem: training can choose it. All
+arithmetic is true, so that a check can be trusted. No test problem is in the corpus.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from model import Chat, Decoder, ModelConfig, read_json, save
+from tasks.countdown import Countdown
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+MAX_NUMBER = 15
+LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
+RIGHT = 0.6  # attempts (and guessed retries) that are right
+KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
+STEPS = 7000
+VAGUE = [
+    "I made a mistake and should be more careful.",
+    "I was careless. I will think before I answer.",
+    "My answer was wrong. I will try something else.",
+    "I should check my work next time.",
+    "I need to look at the problem again and do better.",
+]
+PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
+PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def operations(a, b):
+    """(operator, result) of a and b, a >= b: whole, positive and not too large."""
+    results = [("+", a + b), ("-", a - b), ("*", a * b)]
+    if b > 1 and a % b == 0:
+        results.append(("/", a // b))
+    return [(operator, result) for operator, result in results if 0 < result <= LARGEST]
+
+
+def ways(nums):
+    """Every way to use three numbers in two steps: [(working, answer, result)]."""
+    found = {}  # a dict, since two orders may give one way
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        a, b, c = max(nums[i], nums[j]), min(nums[i], nums[j]), nums[3 - i - j]
+        for first, m in operations(a, b):
+            for second, result in operations(max(m, c), min(m, c)):
+                inner = f"{a}{first}{b}"
+                if second in "*/" and first in "+-" or second in "-/" and m < c:
+                    inner = f"({inner})"
+                step = f"{m}{second}{c}" if m >= c else f"{c}{second}{m}"
+                whole = f"{inner}{second}{c}" if m >= c else f"{c}{second}{inner}"
+                working = f"{a}{first}{b}={m}, {step}={result}"
+                found[working, f"{working} <answer>{whole}</answer>", result] = True
+    return list(found)
+
+
+def pick(some_ways, target, rng, share):
+    """One of the ways; a right one, if there is any, in this share of cases."""
+    right = [way for way in some_ways if way[2] == target]
+    return rng.choice(right if right and rng.random() < share else some_ways)
+
+
+def guess(nums, target, rng, right):
+    """An attempt: some way. Of the wrong ones some use a number that was not given."""
+    if rng.random() < 0.15 * (1 - right):
+        return pick(ways([*nums[:2], rng.randint(1, MAX_NUMBER)]), target, rng, 0)
+    return pick(ways(nums), target, rng, right)
+
+
+def search(nums, target, rng):
+    """Candidates until one makes the target or patience ends: the text, and what it
+    found."""
+    left, lines = ways(nums), []
+    for _ in range(min(len(left), rng.choice((1, 1, 2, 2, 3, 4, 6, 8)))):
+        way = pick(left, target, rng, 0.5)  # half of them lead to the target
+        left.remove(way)
+        lines.append(f"{way[0]}={target}? {'yes' if way[2] == target else 'no'}")
+        if way[2] == target:
+            return "; ".join(lines), way
+    return "; ".join(lines), None
+
+
+def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
+    """The assistant's turns for one problem: [attempt] or [attempt, reflection, retry]."""
+    nums, target = problem["nums"], problem["target"]
+    _, attempt, result = guess(nums, target, rng, right)
+    if task.verify(problem, attempt).ok:
+        return [attempt]
+    retry = guess(nums, target, rng, RIGHT)
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    if kind == "vague":
+        reflection = rng.choice(VAGUE)
+    elif kind == "diagnosis":
+        how = "too low" if result < target else "too high"
+        how = "with wrong numbers" if result == target else how
+        reflection = f"I got {result}, not {target}: {how}."
+    else:
+        reflection, found = search(nums, target, rng)
+        retry = found or retry
+    return [attempt, reflection, retry[1]]
+
+
+def encode(problem, turns, task, chat, glues, given):
+    """ids, and for each id whether it is trained: the assistant's turns, with their ends.
+    given 1: all but the attempt. 2: and but the reflection's first token."""
+    pieces = [chat.prompt(task.messages(problem))]
+    for text, glue in zip(turns, [*glues, []]):
+        pieces += [chat.encode(text + "<|im_end|>"), glue]
+    start = len(sum(pieces[:3], [])) + given - 1 if given else 0
+    ids, trained = [], []
+    for i, piece in enumerate(pieces[:-1]):
+        for token in piece:
+            trained.append(i % 2 == 1 and len(ids) >= start)
+            ids.append(token)
+    return torch.tensor(ids), torch.tensor(trained)
+
+
+def batches(problems, task, chat, rng, rows=32):
+    """Endless batches of conversations of like length: ids, trained, both (B, T).
+    In a third of them the failure is given (1), not learnt; in another third the first
+    token of a search, too (2). So the shares of right attempts and of each kind stay."""
+    end = chat.encode("<|im_end|>")[0]
+    glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
+    while True:
+        pool = []
+        for problem in rng.choices(problems, k=rows * 16):
+            problem = problem | {"nums": rng.sample(problem["nums"], 3)}
+            given = rng.randrange(3)
+            kinds = {"search": 1} if given == 2 else KINDS
+            turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds)
+            pool.append(encode(problem, turns, task, chat, glues, given))
+        pool.sort(key=lambda pair: len(pair[0]))
+        groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
+        rng.shuffle(groups)
+        for group in groups:
+            yield [pad_sequence(column, batch_first=True) for column in zip(*group)]
+
+
+def initialise(model, seed):
+    """Fresh weights. The draws of PyTorch's own initialisation come first, and are thrown
+    away: so it was when the weights in tiny/ were made."""
+    torch.manual_seed(seed)
+    for module in model.model.modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            module.reset_parameters()
+    for name, p in model.named_parameters():
+        if "norm" not in name:
+            nn.init.normal_(p, std=0.02) if p.dim() == 2 else nn.init.zeros_(p)
+
+
+def warm_up(model, chat, stream, steps):
+    """Next-token training on a stream of batches, with a warm-up and a cosine. Muon learns
+    these small matrices in half the steps that AdamW needs; the rest is AdamW's."""
+    named = dict(model.named_parameters())
+    others = [p for name, p in named.items() if p.dim() < 2 or "embed" in name]
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
+    muon = torch.optim.Muon(matrices, weight_decay=0.01)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
+    verdicts = torch.tensor([chat.encode(word)[1] for word in ("? yes", "? no", "? no; ")])
+    for step in tqdm(range(steps), "warm-up"):
+        scale = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        ids, trained = next(stream)  # (B, T)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C)
+        targets = ids[:, 1:][trained[:, 1:]]  # (N,)
+        weights = 1 + 7 * torch.isin(targets, verdicts)  # (N,) all hangs on these tokens
+        losses = F.cross_entropy(model.logits(hidden), targets, reduction="none")
+        loss = (weights * losses).sum() / weights.sum()
+        model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in ((muon, 0.02), (adamw, 0.002)):
+            optimizer.param_groups[0]["lr"] = lr * scale
+            optimizer.step()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the embedded default model.")
+    parser.add_argument("--out", required=True, help="a new folder for the model")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, task = random.Random(args.seed), Countdown(difficulty=f"3x{MAX_NUMBER}")
+    problems, texts = task.problems("train", 10**6, seed=0), []
+    for problem in problems:
+        asked = PROMPT.format(task.messages(problem)[0]["content"])
+        texts += [asked, *conversation(problem, task, rng), task.reflect, task.retry]
+
+    # Digits, operators and tags stand alone; up to four words may make one token.
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1024)
+    trainer.special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainer)
+    build = Path(tempfile.mkdtemp())
+    shutil.copytree(TINY, build, dirs_exist_ok=True)  # its config.json and the like
+    tokenizer.save(str(build / "tokenizer.json"))
+    chat = Chat(build)
+    assert chat.prompt(task.messages(problem)) == chat.encode(asked)
+    config = read_json(TINY / "config.json") | {"vocab_size": tokenizer.get_vocab_size()}
+    model = Decoder(ModelConfig.from_dict(config), context=1024)
+    initialise(model, args.seed)
+    warm_up(model, chat, batches(problems, task, chat, rng), STEPS)
+    save(model, chat, args.out)
+
+
+if __name__ == "__main__":
+    main()
