@@ -21,8 +21,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "the mask is shifted by one",
         "rrr.py",
-        "torch.tensor(mask[P + 1 :])",
-        "torch.tensor(mask[P:-1])",
+        "ids[P + 1 :], mask[P + 1 :]",
+        "ids[P + 1 :], mask[P:-1]",
     ),
     (
         "the stop token is not trained",
@@ -45,8 +45,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "each micro-batch has its own denominator",
         "rrr.py",
-        "make_batch(groups[:N], denominator)",
-        "make_batch(groups[:N], count_denominators(groups[:N], config))",
+        "make_row(group, config.train_on, denominator)",
+        "make_row(group, config.train_on, count_denominators([group], config))",
     ),
     (
         "the loss forgets the temperature",
@@ -107,8 +107,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "compaction forgets to move the values",
         "sampler.py",
-        "for tensor in turn + self.cache.tensors():",
-        "for tensor in turn + self.cache.tensors()[:-1]:",
+        "for tensor in turn + kept:",
+        "for tensor in turn + kept[:-1]:",
     ),
     (
         "sampling goes on with weights from before the update",
