@@ -1,15 +1,14 @@
 """What a training run needs, by count, and what a small one took.
 
     python tests/memory.py            README's table: models, options and GB on one GPU
-    python tests/memory.py --check    two small steps on a CPU, against the count
+    python tests/memory.py --check    four small steps on a CPU, against the count
 
 A run itself prints at its end what it took. GB are 10**9 bytes.
 """
 
 import sys
 
-from bench import SHAPES, SMALL, Step, alone, model_config, open_model, peak_memory, show
-from bench import parse as bench_options
+import bench
 
 from config import Config, parse
 from model import ModelConfig
@@ -106,7 +105,7 @@ def table() -> None:
     for name, options, gpu in TABLE:
         arguments = ["--model", name, "--device", "cuda", *options.split()]
         config, _ = parse(arguments, "", "train.py")
-        parts = count(config, model_config(SHAPES[f"{name}-shapes"]), PROMPT)
+        parts = count(config, bench.model_config(bench.SHAPES[f"{name}-shapes"]), PROMPT)
         steady, sampling, training = parts
         peaks = f"{total(steady, sampling):.0f} | {total(steady, training):.0f}"
         print(f"| {name} | {f'`{options}`' if options else ''} | {gpu} | {peaks} |")
@@ -120,28 +119,30 @@ def table() -> None:
 def used_by_a_step(options, shape) -> tuple[float, float, float]:
     """GB: counted while sampling, counted while training, and what a step adds to a process
     that has only opened its libraries."""
-    empty = peak_memory("cpu")
-    work = Step(*open_model(options, model_config(shape)), options)
+    empty = bench.peak_memory("cpu")
+    model, chat = bench.open_model(options, bench.model_config(shape))
+    work = bench.Step(model, chat, options)
     work.run()
-    used = (peak_memory("cpu") - empty) / 1e9
-    caps = work.config.attempt_tokens + options.reflection + options.retry
-    prompt = len(work.pool[0].attempt.prompt_ids) + work.rollout.room - caps
-    steady, sampling, training = count(work.config, work.model.config, prompt)
+    used = (bench.peak_memory("cpu") - empty) / 1e9
+    prompt = len(work.pool[0].attempt.prompt_ids)
+    for instruction in (bench.Alternating.reflect, bench.Alternating.retry):
+        prompt += len(chat.glue(instruction, -1))
+    steady, sampling, training = count(work.config, model.config, prompt)
     return total(steady, sampling), total(steady, training), used
 
 
 def check() -> None:
     rows = []
-    sizes = "--device cpu --prefix 256 --reflection 64 --retry 16 --failures 8 --group 8"
-    large_head = (*SMALL[:6], 60000, True)
-    for name, shape, micro in (("activations", SMALL, 6144), ("head", large_head, 1024)):
+    sizes = "--device cpu --prefix 256 --reflection 32 --retry 4 --failures 8 --group 8"
+    small, large_head = bench.SMALL, (*bench.SMALL[:6], 60000, True)
+    for name, shape, micro in (("activations", small, 4096), ("head", large_head, 1024)):
         for more in ("", " --checkpointing"):
-            options = bench_options(f"{sizes} --micro {micro}{more}".split())
-            sampling, training, used = alone(used_by_a_step, options, shape)
+            options = bench.parse(f"{sizes} --micro {micro}{more}".split())
+            sampling, training, used = bench.alone(used_by_a_step, options, shape)
             row = {"large": name + more, "sampling": sampling, "training": training}
             row |= {"used": used, "of counted": used / max(sampling, training)}
             rows.append(row)
-    show("GB that a small step takes: the two counted peaks, and what was used", rows)
+    bench.show("GB that a small step takes: the two counted peaks, and what was used", rows)
 
 
 if __name__ == "__main__":

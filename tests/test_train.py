@@ -271,8 +271,8 @@ def test_data_without_training_problems_is_refused(capsys):
     ],
 )
 def test_every_choice_of_the_method_runs_and_is_logged(options, whole):
-    pool = ["--pool", f"{whole}/pool.jsonl", "--steps", "2", "--out", "r"]
-    train.main([*QUICK, *pool, *options.split()])
+    pool = ["--pool", f"{whole}/pool.jsonl"] if "online" not in options else []
+    train.main([*QUICK, *pool, "--steps", "2", "--out", "r", *options.split()])
     for row in rows("r/metrics.jsonl"):
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0
         limit = 0.3 if "bfloat16" in options else 1e-3
@@ -407,6 +407,7 @@ def test_an_unknown_option_names_the_nearest(option, nearest, capsys):
         ("--context 9000", ["9000", "4096"]),
         ("--resume taken", ["taken"]),
         ("--resume nowhere", ["nowhere"]),
+        ("--failures online --pool x.jsonl", ["--pool", "online"]),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence_and_nothing_is_left(options, words, capsys):
