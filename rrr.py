@@ -417,4 +417,4 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, batch,
         per_token = per_token + config.kl_beta * kl
     loss = (batch.weights * per_token).sum()
     is_clipped = (clipped_ratio * A < ratio * A) & batch.mask
-    return loss, kl.detach(), is_clipped
+    return loss, kl.detach() * batch.mask, is_clipped

@@ -387,7 +387,7 @@ def test_an_unknown_option_names_the_nearest(option, nearest, capsys):
         ("--model qwen2.5-1.5", ["qwen2.5-1.5", "qwen2.5-1.5b"]),
         ("--model ./nowhere", ["nowhere"]),
         ("--data absent.json", ["absent.json"]),
-        ("--data bad.jsonl", ["bad.jsonl", "line 2", "target"]),
+        ("--data bad.jsonl", ["bad.jsonl", "row 2", "target"]),
         ("--difficulty hard", ["hard", "3x12"]),
         ("--failures pools", ["--failures", "pool or online"]),
         ("--train_on retry", ["--train_on", "reflection+retry"]),
