@@ -36,7 +36,7 @@ def train(run: Path, config: Config, stopping: list) -> None:
     model.checkpointing = config.checkpointing
     reference = None
     if config.kl_beta > 0:  # the KL term holds the model near its untrained self
-        dtype = model.head.weight.dtype
+        dtype = model.lm_head.weight.dtype
         reference, _ = load(config.model, config.device, dtype, config.context)
     optimizer = MasterAdamW(model.parameters(), config)
     start, skipped = restore(run, checkpoint, optimizer)

@@ -1,12 +1,10 @@
-"""Here because oneDNN's own layout of weights is a third of a decoding step's speed on a
-CPU.
+"""Here because oneDNN's layout of weights is a third of a decoding step's speed on a CPU.
 
     pack(model)  # once, after loading
 
-Each linear layer then multiplies with a copy of its weight in blocks as oneDNN wants them.
 A plain weight is laid out anew in every product, which at the few rows of a decoding step
-costs as much as the product. Only sampling does so, known by inference mode. Training, the
-names in state_dict(), tied weights and saving are what they were without it.
+costs as much as the product. Only sampling, known by inference mode, takes the packed copy.
+Training, the names in state_dict(), tied weights and saving stay what they are.
 """
 
 import torch
@@ -16,17 +14,14 @@ onednn = torch.ops.mkldnn
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with a packed copy of its weight, renewed when the weight has
-    changed."""
+    """A linear layer with a packed copy of its weight, renewed when that has changed."""
 
     packed = packed_from = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in) -> (..., out), in the dtype of x, which is the weight's."""
         if not torch.is_inference_mode_enabled() or not can_pack(self.weight):
             return super().forward(x)
-        # An update in place (an optimizer's step) raises the version; a new tensor (.to)
-        # has another address or dtype.
+        # An optimizer's step raises the version; .to() changes the address or the dtype.
         state = self.weight.data_ptr(), self.weight._version, self.weight.dtype
         if self.packed_from != state:
             self.packed = onednn._reorder_linear_weight(self.weight)
@@ -51,8 +46,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack(model: nn.Module) -> None:
-    """Makes every nn.Linear of the model a PackedLinear, in place: the same objects, so
-    that their Parameters keep their names and ties."""
+    """Every nn.Linear becomes a PackedLinear in place: its Parameter keeps name and tie."""
     for layer in model.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = PackedLinear

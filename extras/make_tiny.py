@@ -5,8 +5,7 @@
 RRR can only reward what sometimes happens. So this warm-up teaches attempts (a guess with
 its arithmetic), reflections (vague; a diagnosis: "I got 33, not 43: too low."; or a search:
 "12+3=15, 15+7=22=43? no; 12*3=36, 36+7=43=43? yes") and retries (what was found, or another
-guess). Which kind comes does not depend on the problem: training can choose it. All
-arithmetic is true, so that a check can be trusted. No test problem is in the corpus.
+guess). The kind does not depend on the problem; all arithmetic is true.
 """
 
 import argparse
@@ -32,23 +31,21 @@ LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
 RIGHT = 0.6  # attempts (and guessed retries) that are right
 KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
 STEPS = 7000
-VAGUE = [
-    "I made a mistake and should be more careful.",
-    "I was careless. I will think before I answer.",
-    "My answer was wrong. I will try something else.",
-    "I should check my work next time.",
-    "I need to look at the problem again and do better.",
-]
+VAGUE = """I made a mistake and should be more careful.
+I was careless. I will think before I answer.
+My answer was wrong. I will try something else.
+I should check my work next time.
+I need to look at the problem again and do better.""".split("\n")
 PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def operations(a, b):
-    """(operator, result) of a and b, a >= b: whole, positive and not too large."""
+    """[(operator, result)] of a >= b: whole, positive and not too large."""
     results = [("+", a + b), ("-", a - b), ("*", a * b)]
     if b > 1 and a % b == 0:
         results.append(("/", a // b))
-    return [(operator, result) for operator, result in results if 0 < result <= LARGEST]
+    return [pair for pair in results if 0 < pair[1] <= LARGEST]
 
 
 def ways(nums):
@@ -82,8 +79,7 @@ def guess(nums, target, rng, right):
 
 
 def search(nums, target, rng):
-    """Candidates until one makes the target or patience ends: the text, and what it
-    found."""
+    """Candidates until one makes the target or patience ends: the text, what it found."""
     left, lines = ways(nums), []
     for _ in range(min(len(left), rng.choice((1, 1, 2, 2, 3, 4, 6, 8)))):
         way = pick(left, target, rng, 0.5)  # half of them lead to the target
@@ -115,8 +111,8 @@ def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
 
 
 def encode(problem, turns, task, chat, glues, given):
-    """ids, and for each id whether it is trained: the assistant's turns, with their ends.
-    given 1: all but the attempt. 2: and but the reflection's first token."""
+    """ids, and which are trained: the assistant's turns with their ends; if given is 1, not
+    the attempt, if 2, nor the reflection's first token."""
     pieces = [chat.prompt(task.messages(problem))]
     for text, glue in zip(turns, [*glues, []]):
         pieces += [chat.encode(text + "<|im_end|>"), glue]
@@ -131,8 +127,7 @@ def encode(problem, turns, task, chat, glues, given):
 
 def batches(problems, task, chat, rng, rows=32):
     """Endless batches of conversations of like length: ids, trained, both (B, T).
-    In a third of them the failure is given (1), not learnt; in another third the first
-    token of a search, too (2). So the shares of right attempts and of each kind stay."""
+    In a third of them the failure is given (1), in another a search's first token (2)."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
@@ -151,8 +146,7 @@ def batches(problems, task, chat, rng, rows=32):
 
 
 def initialise(model, seed):
-    """Fresh weights. The draws of PyTorch's own initialisation come first, and are thrown
-    away: so it was when the weights in tiny/ were made."""
+    """Fresh weights. PyTorch's own are drawn first, as when those in tiny/ were made."""
     torch.manual_seed(seed)
     for module in model.model.modules():
         if isinstance(module, (nn.Embedding, nn.Linear)):
@@ -163,8 +157,7 @@ def initialise(model, seed):
 
 
 def warm_up(model, chat, stream, steps):
-    """Next-token training on a stream of batches, with a warm-up and a cosine. Muon learns
-    these small matrices in half the steps that AdamW needs; the rest is AdamW's."""
+    """Next-token training. Muon learns these small matrices in half of AdamW's steps."""
     named = dict(model.named_parameters())
     others = [p for name, p in named.items() if p.dim() < 2 or "embed" in name]
     matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
@@ -189,7 +182,7 @@ def warm_up(model, chat, stream, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make the embedded default model.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True, help="a new folder for the model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -209,8 +202,7 @@ def main():
     trainer.special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(texts, trainer)
-    build = Path(tempfile.mkdtemp())
-    shutil.copytree(TINY, build, dirs_exist_ok=True)  # its config.json and the like
+    build = Path(shutil.copytree(TINY, tempfile.mkdtemp(), dirs_exist_ok=True))
     tokenizer.save(str(build / "tokenizer.json"))
     chat = Chat(build)
     assert chat.prompt(task.messages(problem)) == chat.encode(asked)
@@ -218,7 +210,7 @@ def main():
     model = Decoder(ModelConfig.from_dict(config), context=1024)
     initialise(model, args.seed)
     warm_up(model, chat, batches(problems, task, chat, rng), STEPS)
-    save(model, chat, args.out)
+    save(model, chat, Path(args.out))
 
 
 if __name__ == "__main__":

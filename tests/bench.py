@@ -84,6 +84,7 @@ def random_model(config: ModelConfig, options) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config).to(getattr(torch, options.dtype))
     model.to_empty(device=options.device)
+    model.tie()
     torch.manual_seed(options.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -194,7 +195,7 @@ def step_weights(model: Decoder) -> list[torch.Tensor]:
     head's."""
     embedding = model.model.embed_tokens.weight
     layers = [p for p in model.model.parameters() if p.dim() == 2 and p is not embedding]
-    return [w.detach() for w in [*layers, model.head.weight]]
+    return [w.detach() for w in [*layers, model.lm_head.weight]]
 
 
 def floor(model: Decoder, batch: int, length: int, options) -> tuple[float, float]:

@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT))
 
 from model import Chat, Decoder, ModelConfig  # noqa: E402
 
+torch.set_num_threads(1)  # of models so small: a second thread costs more than it gives
+
 
 def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
     """A Qwen2 decoder with large random weights, so that its distributions are far from

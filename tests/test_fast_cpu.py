@@ -84,12 +84,12 @@ def test_names_and_ties_change():
     packed = packed_of(model)
     run(packed)
     assert packed.state_dict().keys() == model.state_dict().keys()
-    assert packed.head.weight is packed.model.embed_tokens.weight
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
     again = copy.deepcopy(packed)  # the reference model of a run
     assert "packed" not in vars(again.lm_head) and torch.equal(run(again), run(packed))
-    assert again.head.weight is again.model.embed_tokens.weight
+    assert again.lm_head.weight is again.model.embed_tokens.weight
     with torch.no_grad():
-        again.head.weight.zero_()
+        again.lm_head.weight.zero_()
     assert not run(again).any() and run(packed).any()
 
 

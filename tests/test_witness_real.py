@@ -29,6 +29,14 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def all_threads():
+    """Real weights want them, unlike the small models of other tests."""
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(1)
+
+
 def folder(name):
     if not (REAL / name / "tokenizer.json").exists():
         pytest.skip(f"{name} is not in {REAL}")
