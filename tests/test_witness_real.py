@@ -17,7 +17,7 @@ from conftest import ROOT  # noqa: E402
 
 import train  # noqa: E402
 from model import load  # noqa: E402
-from sampler import Conversations  # noqa: E402
+from sampler import KVCache  # noqa: E402
 
 REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
 BFCL = Path(os.environ.get("BFCL", ROOT.parent / "shared" / "data" / "bfcl"))
@@ -51,12 +51,12 @@ def test_two_greedy_turns_equal_transformers_ids(name):
     prompts = [chat.prompt([{"role": "user", "content": q}]) for q in QUESTIONS]
     auto = transformers.AutoModelForCausalLM
     reference = auto.from_pretrained(REAL / name, dtype=torch.float32)
-    conversations = Conversations(model, len(prompts), 400)
-    conversations.extend(prompts)
+    cache = KVCache(model, len(prompts), 400)
+    cache.extend(prompts)
     texts = [list(prompt) for prompt in prompts]
     for turn in range(2):
         generator = torch.Generator().manual_seed(0)
-        sampled = conversations.sample(24, chat.stop_ids, generator, temperature=0)
+        sampled = cache.sample(24, chat.stop_ids, generator, temperature=0)
         for text, s in zip(texts, sampled):
             expected = reference.generate(
                 torch.tensor([text]),
@@ -72,7 +72,7 @@ def test_two_greedy_turns_equal_transformers_ids(name):
         if turn == 0:
             assert "Paris" in chat.decode(sampled[0].ids)
         glue = [chat.glue("Are you sure?", s.ids[-1]) for s in sampled]
-        conversations.extend(glue)
+        cache.extend(glue)
         texts = [text + piece for text, piece in zip(texts, glue)]
 
 

@@ -13,7 +13,7 @@ import torch
 vllm = pytest.importorskip("vllm", reason="vllm is not installed: pip install vllm")
 
 from model import load, save  # noqa: E402
-from sampler import Conversations  # noqa: E402
+from sampler import KVCache  # noqa: E402
 
 REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
 QUESTIONS = [
@@ -41,10 +41,10 @@ def test_vllm_writes_the_same_from_a_saved_folder(name, tmp_path, monkeypatch):
     save(model, chat, tmp_path / "saved")
     messages = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [chat.prompt(some) for some in messages]
-    conversations = Conversations(model, len(prompts), 200)
-    conversations.extend(prompts)
+    cache = KVCache(model, len(prompts), 200)
+    cache.extend(prompts)
     generator = torch.Generator().manual_seed(0)
-    ours = conversations.sample(NEW_TOKENS, chat.stop_ids, generator, temperature=0)
+    ours = cache.sample(NEW_TOKENS, chat.stop_ids, generator, temperature=0)
 
     settings = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
     theirs = vllm.LLM(str(tmp_path / "saved"), disable_log_stats=True, **settings)
