@@ -1,15 +1,13 @@
-"""Every option, once: a field is a command-line option, the comment behind it is its help.
+"""Every option, once: each field of Config is an option, of train.py and of eval.py.
 
-train.py and eval.py share this one Config; a section that is for one of them says so.
-`defaults_for` is what changes with the model and the device. Below: what both programs do
-first, which is to read the command line and to open the model and the task.
+`--help` prints the fields as they stand here. `defaults_for` says where a default depends
+on the model or the device. Then what both programs do first: open the model and the task.
 """
 
 import argparse
 import difflib
 import inspect
 import math
-import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,11 +22,11 @@ from model import UserError, check, load, read_json
 from rrr import TRAINED_TURNS
 from tasks import get_task
 
-# Numbers with their ranges: (type, lowest, highest).
-AtLeast0 = Annotated[int, 0, math.inf]
-AtLeast1 = Annotated[int, 1, math.inf]
-AtLeast2 = Annotated[int, 2, math.inf]
-NotNegative = Annotated[float, 0.0, math.inf]
+# Numbers with their ranges: type, lowest, highest.
+AtLeast0 = Annotated[int, 0, 10**9]
+AtLeast1 = Annotated[int, 1, 10**9]
+AtLeast2 = Annotated[int, 2, 10**9]
+NotNegative = Annotated[float, 0.0, 1e9]
 Share = Annotated[float, 0.0, 1.0]
 
 
@@ -42,40 +40,39 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if fast
     context: AtLeast0 = 0  # tokens of a whole conversation (0: the model's, up to 4096)
-    seed: AtLeast0 = 0  # of problems and sampling
+    seed: AtLeast0 = 0  # of problems, sampling
     out: str = ""  # the folder to write (default: named after task, model and seed)
 
     # sampling
-    attempt_tokens: AtLeast1 = 512  # cap of a first attempt, in tokens
-    reflection_tokens: AtLeast1 = 256  # cap of a reflection, in tokens
-    retry_tokens: AtLeast1 = 512  # cap of a retry, in tokens
+    attempt_tokens: AtLeast1 = 512  # a first attempt is cut at so many tokens
+    reflection_tokens: AtLeast1 = 256  # and a reflection
+    retry_tokens: AtLeast1 = 512  # and a retry
     temperature: NotNegative = 1.0  # of sampling, and divided out in the loss as well
     sample_rows: AtLeast1 = 256  # conversations sampled side by side (fewer save memory)
     eval_n: AtLeast1 = 500  # held-out problems of an evaluation
 
-    # failures (train.py)
+    # failures (training only, like all below)
     failures: Literal["pool", "online"] = "pool"  # before training, or fresh each step
     pool: str = ""  # take the pool.jsonl of another run in place of building one
     pool_problems: AtLeast1 = 2000  # training problems that the pool attempts
     pool_attempts: AtLeast1 = 1  # attempts at each of them (the paper: up to 64)
 
-    # the method (train.py)
+    # the method
     group_size: AtLeast2 = 8  # reflections for each failure (GRPO's G)
     retries_per_reflection: AtLeast1 = 1  # the reward is their mean (the paper: 1)
-    train_on: Literal[*TRAINED_TURNS] = "reflection"  # the mask
+    train_on: Literal[*TRAINED_TURNS] = "reflection"  # the turns whose tokens are trained
     scale_advantages: bool = True  # divide by the group's deviation (false: Dr. GRPO)
-    loss_norm: Literal["token", "sequence", "constant"] = "token"  # the denominator
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # divide by: make_batches
     kl_beta: NotNegative = 0.001  # weight of the KL term (0 loads no reference model)
     clip_low: Share = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: NotNegative = 0.2  # and above 1 + clip_high
     updates_per_batch: AtLeast1 = 1  # optimizer steps on the same episodes
 
-    # optimization (train.py)
+    # optimization
     steps: AtLeast0 = 200  # steps, each a batch of failures (0: only the pool)
     batch_size: AtLeast1 = 32  # failures in a step (the paper: 256)
     lr: NotNegative = 5e-7  # peak learning rate of AdamW (the paper's)
     warmup_ratio: Share = 0.03  # share of the steps in which the rate rises
-    weight_decay: NotNegative = 0.0  # of AdamW
     max_grad_norm: NotNegative = 1.0  # gradients are clipped to this norm
     optimizer_device: Literal["same", "cpu"] = "same"  # cpu: masters in main memory
     micro_batch_tokens: AtLeast1 = 16384  # ids of one training pass, padding included
@@ -85,114 +82,87 @@ class Config:
 
 
 def defaults_for(config: Config) -> dict:
-    """Where the defaults above do not fit: runs, tiny, real models on a GPU or a CPU."""
+    """Other defaults than those above: of a run, of tiny, of real models on either device.
+    config.device is resolved."""
     stored = read_json(Path(config.model) / "config.json", optional=True)
     if "reflection_tokens" in stored:  # a run: what it was trained with
         names = {field.name for field in fields(Config)} & stored.keys()
         names -= {"model", "device", "seed", "out", "pool", "resume"}
         return {name: stored[name] for name in names}
     if config.model == "tiny":
-        turns = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
-        sizes = {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
-        own_problems = config.task == "countdown" and not config.data
-        level = {"difficulty": "3x12"} if own_problems else {}
-        return turns | sizes | level | {"steps": 45, "lr": 3e-4}
-    if pick_device(config.device) == "cuda":  # 1.5B in 80 GB: tests/memory.py counts
+        changed = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
+        changed |= {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
+        if config.task == "countdown" and not config.data:
+            changed["difficulty"] = "3x12"
+        return changed | {"steps": 45, "lr": 3e-4}
+    if config.device == "cuda":  # 1.5B in 80 GB: tests/memory.py counts
         return {"checkpointing": True, "micro_batch_tokens": 8192}
     # On a CPU: enough to look at what happens, too little to learn from.
-    turns = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
-    sizes = {
-        "sample_rows": 32,
-        "batch_size": 4,
-        "group_size": 4,
-        "micro_batch_tokens": 2048,
-    }
-    return turns | sizes | {"pool_problems": 16, "eval_n": 16, "steps": 10, "save_every": 5}
+    changed = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
+    changed |= {"sample_rows": 32, "batch_size": 4, "group_size": 4}
+    changed |= {"micro_batch_tokens": 2048, "pool_problems": 16, "eval_n": 16}
+    return changed | {"steps": 10, "save_every": 5}
 
 
 # ---- the command line ----
 def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[str]]:
-    """The options of `program` (train.py or eval.py), and the names of the given ones.
-    UserError, by name, for unknown options and for values of another kind or range."""
+    """The options, and the names of those given on the command line. UserError, by name,
+    for unknown options and for values of another kind or range."""
     parser = argparse.ArgumentParser(
         program,
         usage=f"python {program} [--option value ...]",
-        description=description,
-        epilog="For tiny, and on a CPU, some defaults differ: defaults_for in config.py.",
+        description=f"{description}\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    kinds = {field.name: field.type for field in fields(Config)}
     flags = []
-    for section, options in sections().items():
-        if section.endswith(".py)") and program not in section:
-            continue
-        group = parser.add_argument_group(section)
-        for name, words in options.items():
-            how = {"type": partial(convert, name, kinds[name]), "help": words}
-            if get_origin(kinds[name]) is Literal:
-                how["metavar"] = "|".join(get_args(kinds[name]))
-            flags.append(f"--{name}")
-            group.add_argument(flags[-1], **how)
+    for field in fields(Config):
+        flags.append(f"--{field.name}")
+        read = partial(convert, field)
+        parser.add_argument(flags[-1], type=read, help=argparse.SUPPRESS)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], flags, 1) or ["--help"]
         raise UserError(f"there is no option {unknown[0]}; did you mean {nearest[0]}?")
     given = vars(given)
 
-    config = Config(**(defaults_for(Config(**given)) | given))
-    # config.json of a run says what `auto` stood for.
-    config.device = pick_device(config.device)
-    config.dtype = pick_dtype(config.dtype, config.device)
+    config = Config(**given)
+    resolve_auto(config)  # so that a run's config.json tells what was used
+    for name, value in defaults_for(config).items():
+        if name not in given:
+            setattr(config, name, value)
     return config, set(given)
 
 
-def sections() -> dict[str, dict[str, str]]:
-    """{section: {option: its help}}, as they stand in Config's source."""
-    result = {}
-    for line in inspect.getsource(Config).splitlines():
-        if match := re.match(r"    # (.*)", line):
-            options = result[match[1]] = {}
-        elif match := re.match(r"    (\w+): .* = (.*?)  # (.*)", line):
-            name, default, words = match.groups()
-            options[name] = f"{words} [{default}]".replace("%", "%%")
-    return result
-
-
-def convert(name: str, kind, text: str):
+def convert(field, text: str):
     """The value of an option's text. UserError where it is of another kind or range."""
-    if kind is str:
+    if field.type is str:
         return text
-    if get_origin(kind) is Annotated:
-        number, low, high = get_args(kind)
+    if get_origin(field.type) is Annotated:
+        number, low, high = get_args(field.type)
         try:
             value = number(text)
         except ValueError:
             value = math.nan
         what = "a whole number" if number is int else "a number"
-        bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-        right = low <= value <= high and value < math.inf
-        check(right, f"--{name} must be {what} {bounds}, found '{text}'.")
+        limits = f"from {low} to {high}" if high < 10**9 else f"of at least {low}"
+        right = low <= value <= high
+        check(right, f"--{field.name} must be {what} {limits}, found '{text}'.")
         return value
-    choices = ("true", "false") if kind is bool else get_args(kind)
-    check(text in choices, f"--{name} must be {' or '.join(choices)}, found '{text}'.")
-    return text == "true" if kind is bool else text
+    choices = ["true", "false"] if field.type is bool else get_args(field.type)
+    wanted = " or ".join(choices)
+    check(text in choices, f"--{field.name} must be {wanted}, found '{text}'.")
+    return text == "true" if field.type is bool else text
 
 
-def pick_device(device: str) -> str:
-    """auto: a GPU where there is one."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
-
-
-def pick_dtype(dtype: str, device: str) -> str:
-    """auto: bfloat16 on a GPU, and on a CPU that computes in it."""
-    if dtype == "auto":
+def resolve_auto(options) -> None:
+    """Takes a GPU where there is one, bfloat16 there and on CPUs that are fast in it."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.dtype == "auto":
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return "bfloat16" if device == "cuda" or fast else "float32"
-    return dtype
+        options.dtype = "bfloat16" if fast or options.device == "cuda" else "float32"
 
 
 # ---- what both programs do first ----
@@ -208,10 +178,10 @@ def open_model(config: Config):
     if config.device == "cpu":
         try:  # samples faster, and is no part of the method
             from extras.fast_cpu import pack
+
+            pack(model)
         except ImportError:
             pass
-        else:
-            pack(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = f"{config.dtype} on {config.device}"
     print(f"{config.model}: {millions:,.1f} M parameters, {where}; {config.task}")

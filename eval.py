@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from config import Config, chunks, held_out, open_model, parse, plain_errors, seeded
-from model import explain, resolve
+from config import chunks, held_out, open_model, parse, plain_errors, seeded
+from model import explain
 from rrr import Episode, Rollout
 
 
@@ -22,37 +22,37 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=False):
     episodes, mended_by = [], Counter()
     for i, chunk in enumerate(chunks(problems, rollout.config.sample_rows)):
         generator = seeded(rollout.model, seed, "evaluate", i)
-        attempts, start = rollout.attempt(chunk, generator)
+        attempts, cache = rollout.attempt(chunk, generator)
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         if rows:
-            failures, start = [attempts[row] for row in rows], start.select(rows)
-            branch = start.fork(1) if controls else start  # the controls begin there, too
-            tries, branch = rollout.reflect(failures, branch, 1, generator)
-            tries, _ = rollout.retry(tries, branch, 1, generator)
+            failures, cache = [attempts[row] for row in rows], cache.select(rows)
+            own = cache.fork(1) if controls else cache  # a copy: the controls need it, too
+            tries, own = rollout.reflect(failures, own, 1, generator)
+            tries, _ = rollout.retry(tries, own, 1, generator)
             for row, episode in zip(rows, tries):
                 attempts[row] = episode
             if controls:
-                mended_by.update(try_controls(rollout, failures, start, tries, generator))
+                mended_by.update(try_controls(rollout, failures, cache, tries, generator))
         episodes += attempts
     return make_report(episodes, mended_by), episodes
 
 
-def try_controls(rollout: Rollout, failures, start, tries, generator) -> dict[str, int]:
+def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[str, int]:
     """How many of the failures a retry mends without a reflection or behind another one.
-    start: the failures' rows; tries: what became of them with their own."""
+    cache: the failures' rows; tries: the same failures with their own reflections."""
     generic = rollout.chat.encode(rollout.task.generic_reflection)
-    reflections = [episode.reflection.ids for episode in tries]
+    own = [episode.reflection.ids for episode in tries]
     controls = {
         "no reflection": None,
         "generic reflection": [generic] * len(failures),
-        "another's reflection": reflections[1:] + reflections[:1],
+        "another's reflection": own[1:] + own[:1],
     }
     mended_by = {}
-    for name, given in controls.items():
-        episodes, branch = failures, start.fork(1)
-        if given:
-            episodes, branch = rollout.quote(failures, branch, given)
-        episodes, _ = rollout.retry(episodes, branch, 1, generator)
+    for name, reflections in controls.items():
+        episodes, copied = failures, cache.fork(1)
+        if reflections:
+            episodes, copied = rollout.give(failures, copied, reflections)
+        episodes, _ = rollout.retry(episodes, copied, 1, generator)
         mended_by[name] = sum(is_mended(episode) for episode in episodes)
     return mended_by
 
@@ -92,12 +92,8 @@ def interval(k: int, n: int) -> dict | None:
     z, p = 1.96, k / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {
-        "n": n,
-        "rate": p,
-        "low": max(0.0, centre - half),
-        "high": min(1.0, centre + half),
-    }
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"n": n, "rate": p, "low": low, "high": high}
 
 
 def mean_length(turns: list) -> float:
@@ -119,12 +115,12 @@ def percent(share: dict | None) -> str:
 
 def table(reports: dict[str, dict], errors: list[str]) -> str:
     """Reports side by side; shares with 95% intervals, errors as shares of all problems."""
-    columns = {name: column(report, errors) for name, report in reports.items()}
-    lines = [" " * 36 + "".join(f"{name:24}" for name in columns)]
-    for label in next(iter(columns.values())):
-        cells = [cells[label] for cells in columns.values()]
-        lines.append(f"{label:36}" + "".join(f"{cell:24}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+    columns = [column(report, errors) for report in reports.values()]
+    lines = [" " * 36 + "".join(f"{name:24}" for name in reports)]
+    for label in columns[0]:
+        values = "".join(f"{values[label]:24}" for values in columns)
+        lines.append(f"{label:36}{values}".rstrip())
+    return "\n".join(lines)
 
 
 def column(report: dict, errors: list[str]) -> dict[str, str]:
@@ -147,27 +143,25 @@ def column(report: dict, errors: list[str]) -> dict[str, str]:
     return cells
 
 
-def run(config: Config) -> None:
-    model, chat, task = open_model(config)
-    rollout, problems = Rollout(model, chat, task, config), held_out(task, config)
-    report, episodes = evaluate(rollout, problems, config.seed, controls=True)
-    folder = Path(config.model)
-    is_run = folder.is_dir() and resolve(config.model).parent == folder
-    out = Path(config.out or (folder if is_run else f"eval-{folder.name}"))
-    content = {"config": asdict(config), "errors": task.errors, "report": report}
-    lines = [json.dumps(asdict(episode), ensure_ascii=False) + "\n" for episode in episodes]
-    with explain(f"the evaluation cannot be written to {out}", OSError):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
-        (out / "eval_episodes.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(table({config.model: report}, task.errors))
-    print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     with plain_errors("eval.py"):
         config, _ = parse(sys.argv[1:] if argv is None else argv, __doc__, "eval.py")
-        run(config)
+        model, chat, task = open_model(config)
+        rollout, problems = Rollout(model, chat, task, config), held_out(task, config)
+        report, episodes = evaluate(rollout, problems, config.seed, controls=True)
+
+        folder = Path(config.model)
+        if not (folder / "metrics.jsonl").exists():  # no run, into which I could write
+            folder = Path(f"eval-{folder.name}")
+        out = Path(config.out or folder)
+        content = {"config": asdict(config), "errors": task.errors, "report": report}
+        lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes]
+        with explain(f"the evaluation cannot be written to {out}", OSError):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
+            (out / "eval_episodes.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(table({config.model: report}, task.errors))
+        print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
 
 
 if __name__ == "__main__":

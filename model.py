@@ -4,8 +4,7 @@
     logits = model.logits(model(ids, positions))  # (B, T) -> (B, T, C) -> (B, T, V)
 
 Parameters bear their Hugging Face names. There is no cache here: the caller says how
-queries meet keys.
-B rows, T positions, C hidden_size, V vocab_size, D head_dim, S keys that may be seen,
+queries meet keys. B rows, T positions, C hidden_size, V vocab_size, D head_dim, S keys,
 H query heads, KV key heads: H / KV neighbouring query heads share a key head.
 """
 
@@ -32,10 +31,10 @@ Linear = partial(nn.Linear, bias=False)
 # ---- the decoder ----
 class ModelConfig(SimpleNamespace):
     """All of config.json as attributes, under the names it has there (hidden_size, ...),
-    the numbers of its rope among them. `source` is config.json itself."""
+    those of its rope among them. `source` is config.json itself."""
 
     rope_theta, tie_word_embeddings = 1e4, False  # what may be absent
-    num_key_value_heads = head_dim = sliding_window = attention_factor = None
+    num_key_value_heads = head_dim = sliding_window = attention_factor = factor = None
 
     @classmethod
     def from_dict(cls, source: dict) -> "ModelConfig":
@@ -50,7 +49,8 @@ class ModelConfig(SimpleNamespace):
         check(H % KV == 0, f"config.json: {H} heads cannot share {KV} key heads.")
         config.num_key_value_heads = KV
         config.head_dim = config.head_dim or config.hidden_size // H
-        # We attend to all tokens, so no context goes beyond a window. Qwen's is not in use.
+        # I attend to all tokens, so the context must end where a sliding window would begin
+        # to matter. (Qwen's files name a window, and do not use it.)
         window, limit = config.sliding_window, config.max_position_embeddings
         if window and config.model_type not in ("qwen2", "qwen3"):
             config.max_position_embeddings = min(window, limit)
@@ -73,21 +73,19 @@ def rope_tables(config: ModelConfig, n: int):
         # arXiv 2402.13753: each period has its factor, and cos and sin are scaled.
         original = config.original_max_position_embeddings
         factors = config.long_factor if n > original else config.short_factor
-        # Rounded as transformers does it, which shows at positions in the thousands.
+        # This order of operations rounds as transformers does: it shows far out.
         frequencies = 1 / (torch.tensor(factors) * periods)
-        longest = config.source["max_position_embeddings"]
-        factor = vars(config).get("factor") or longest / original
-        excess = math.log(max(1, factor)) / math.log(original)
-        scale = config.attention_factor or math.sqrt(1 + excess)
+        extension = config.factor or config.source["max_position_embeddings"] / original
+        growth = math.log(max(1, extension)) / math.log(original)
+        scale = config.attention_factor or math.sqrt(1 + growth)
     angles = torch.outer(torch.arange(n).float(), frequencies.repeat(2))  # (n, D)
     return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x, cos, sin):
     """Rope, computed in float32: x (B, heads, T, D), cos and sin (B, 1, T, D) -> like x."""
-    x1, x2 = x.chunk(2, dim=-1)
-    # Each pair (x1[i], x2[i]) is a point of a plane; this one is turned by 90 degrees.
-    turned = torch.cat((-x2, x1), dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)  # pairs (x1[i], x2[i]) are points of planes
+    turned = torch.cat((-x2, x1), dim=-1)  # by 90 degrees
     return (x * cos + turned * sin).to(x.dtype)
 
 
@@ -224,13 +222,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> (..., V) float32, as bfloat16 is coarse. But sampling on a CPU
-        (inference mode) keeps the weights' dtype: the rest would cost ten layers' time."""
+        (inference mode) keeps the weights' dtype: float32 would cost ten layers' time."""
         if torch.is_inference_mode_enabled() and not hidden.is_cuda:
             return self.lm_head(hidden)
         weight = self.lm_head.weight
         if torch.is_grad_enabled() or not hidden.is_cuda or hidden.dtype == torch.float32:
             return F.linear(hidden.float(), weight.float())
-        # Without a float32 copy of the head. This product takes matrices only.
+        # On a GPU without gradients: no float32 copy of the head. Takes matrices only.
         flat = torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return flat.view(*hidden.shape[:-1], -1)
 
@@ -291,7 +289,8 @@ def read_json(path: Path, optional: bool = False) -> dict:
 
 
 def load(name, device="cpu", dtype=torch.float32, context=None):
-    """A (Decoder, Chat) by name (see `resolve`); context: see `set_context`."""
+    """(Decoder, Chat) by name (see `resolve`); context: see `set_context`. UserError where
+    files are missing, damaged, or of a kind that this code would compute wrongly."""
     found = torch.device(device).type != "cuda" or torch.cuda.is_available()
     check(found, "PyTorch finds no GPU for cuda; take --device cpu.")
     folder = resolve(name)
@@ -301,10 +300,10 @@ def load(name, device="cpu", dtype=torch.float32, context=None):
         chat = Chat(folder)
         V, ids = config.vocab_size, max(chat.tokenizer.get_vocab().values()) + 1
         check(ids <= V, f"{folder}: the tokenizer has {ids} ids, the model has {V}.")
-        with torch.device("meta"):  # no memory yet
+        with torch.device("meta"):  # shapes alone, without memory
             model = Decoder(config, context).to(dtype)
         read_weights(model, folder, device)
-        model.set_context(model.context)  # nor had the tables
+        model.set_context(model.context)  # the rope tables again, on the device
     return model, chat
 
 
@@ -312,7 +311,7 @@ def read_weights(model: Decoder, folder: Path, device) -> None:
     """Fills a decoder on the meta device from safetensors: one file, or several by their
     index. An error names every tensor that is missing, unknown or of another shape."""
     index = read_json(folder / INDEX, optional=True).get("weight_map", {})
-    tensors = {}  # not read yet
+    tensors = {}
     for path in sorted(set(index.values())) or ["model.safetensors"]:
         check(Path(path).name == path, f"{folder / INDEX} points to {path!r:.80}.")
         file = safe_open(folder / path, "pt")
@@ -328,14 +327,13 @@ def read_weights(model: Decoder, folder: Path, device) -> None:
     model.load_state_dict(tensors)
 
 
-def save(model, chat, folder, dtype=None):
-    """Writes a Hugging Face folder, a new one; dtype None keeps the model's."""
-    dtype = dtype or model.lm_head.weight.dtype
-    weights = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+def save(model, chat, folder):
+    """Writes a Hugging Face folder, a new one, in the model's dtype."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
     config = dict(model.config.source)
     config.pop("auto_map", None)  # names Python files that are not copied
     key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).split(".")[1]
+    config[key] = str(model.lm_head.weight.dtype).split(".")[1]
     files = {**chat.files, "config.json": json.dumps(config, indent=2).encode()}
     with explain(f"the model cannot be written to {folder}", Exception):
         folder.mkdir(parents=True)
@@ -421,10 +419,10 @@ class Chat:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.native_tools = "tools" in text
-        # The first special token behind an answer ends its turn.
+        # What ends a turn: the first special token that the template writes behind one.
         self.end_of_turn = None
         special = self.tokenizer.get_added_tokens_decoder()
-        found = [i for i in self.glue("x", last_id=-1) if i in special]
+        found = [i for i in self.glue("x") if i in special]
         self.end_of_turn = next(iter(found), None)
         eos = self.tokenizer.token_to_id(tokens.get("eos_token", ""))
         stops = {eos, self.end_of_turn}
@@ -444,8 +442,9 @@ class Chat:
         """Messages ({"role", "content"}), tools (JSON schemas) and the next header."""
         return self.encode(self.render(messages, tools))
 
-    def glue(self, instruction: str, last_id: int) -> list[int]:
-        """Between a sampled turn and an answer: its end (if not sampled), words, header."""
+    def glue(self, instruction: str, last_id: int = -1) -> list[int]:
+        """The ids between a sampled turn and the next: end of turn (unless last_id, the
+        turn's last, was it), the user's instruction, the assistant's header."""
         answer = "SAMPLED-TURN"  # what the template writes behind it is the glue
         turns = [("user", "x"), ("assistant", answer), ("user", instruction)]
         text = self.render([{"role": role, "content": words} for role, words in turns])

@@ -8,7 +8,7 @@ gradient.
                                    ^^^^^^^^^^ the only trained tokens
 
 Each failure gets G reflections, and each reflection a retry. A reflection whose retry
-succeeds, where its siblings' fail, becomes more likely. First comes the method on one
+succeeds, where its siblings' fail, becomes more likely. The method comes first, on one
 screen, then its parts in the same order. Optimizer, log and files are in train.py.
 
 Where this differs from the paper, or the paper is silent:
@@ -24,7 +24,7 @@ Where this differs from the paper, or the paper is silent:
     denominators, and multiplies KL by the ratio (tests/test_witness_trl.py).
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -40,8 +40,9 @@ from sampler import KVCache
 
 # ---- 1. the method on one screen ----
 def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
-    """Each failure gets G reflections, and each reflection R retries. The share of them
-    that succeed is its reward; how far that lies above its siblings', its advantage."""
+    """Each failure gets G reflections, and each reflection R retries. A reflection's reward
+    is the share of its retries that succeed; its advantage is the reward minus its group's
+    mean, divided by the group's deviation."""
     G, R = config.group_size, config.retries_per_reflection
     episodes, cache = rollout.reflect(failures, cache, G, generator)
     episodes, cache = rollout.retry(episodes, cache, R, generator)
@@ -49,28 +50,30 @@ def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
     return episodes
 
 
-def backward(model, batches, old_logps, ref_logps, config) -> Counter:
-    """Adds the loss's gradient to the weights. old_logps: for each micro-batch (N, T), from
-    before the first update; None where there is only one: then they are this pass's own.
-    ref_logps: the reference model's, or None. Returns means over the trained tokens."""
-    figures = Counter()
+def backward(model, batches, old_logps, ref_logps, config) -> dict[str, float]:
+    """Adds the loss's gradient to the weights and returns metrics.
+
+    old_logps: (N, T) for each micro-batch, the trainer's own from before the first update.
+    None with one update a batch: then this pass's logps, detached, take their place, and
+    the ratio is exactly 1. ref_logps: the reference model's, or None."""
+    metrics = defaultdict(float)
     trained_tokens = sum(int(batch.mask.sum()) for batch in batches)
     for i, batch in enumerate(batches):
         logps = trained_logps(model, batch, config.temperature)  # (N, T)
         old = old_logps[i] if old_logps else logps.detach()  # (N, T)
         ref = ref_logps[i] if ref_logps else None
         loss, kl, clipped = grpo_loss(logps, old, ref, batch, config)
-        loss.backward()  # outside the reflections the weight is 0, and so is the gradient
+        loss.backward()  # logps are constant where the mask is 0: no gradient there
 
-        # Before the weights move, trainer and sampler should agree on what was sampled.
         gap = (logps.detach() - batch.sampled_logps)[batch.mask]  # (M,)
-        figures["loss"] += loss.item()  # about 0 is expected (README): watch the reward
-        figures["kl"] += kl.sum().item() / trained_tokens  # against the reference
-        figures["clip_fraction"] += clipped.sum().item() / trained_tokens  # share of tokens
-        figures["gap_mean"] += gap.abs().sum().item() / trained_tokens  # of log-probs
-        figures["gap_max"] = max(figures["gap_max"], gap.abs().max().item())  # largest
-        figures["gap_kl"] -= gap.sum().item() / trained_tokens  # KL(sampler || trainer)
-    return figures
+        metrics["loss"] += loss.item()  # its value says little (grpo_loss): watch reward
+        metrics["kl"] += kl.sum().item() / trained_tokens  # mean, against the reference
+        metrics["clip_fraction"] += clipped.sum().item() / trained_tokens  # of tokens
+        # Trainer's minus sampler's log-probs: rounding alone, before the weights move.
+        metrics["gap_mean"] += gap.abs().sum().item() / trained_tokens  # mean |gap|
+        metrics["gap_max"] = max(metrics["gap_max"], gap.abs().max().item())  # max |gap|
+        metrics["gap_kl"] += -gap.sum().item() / trained_tokens  # KL(sampler || trainer)
+    return dict(metrics)
 
 
 # ---- 2. the data ----
@@ -79,7 +82,7 @@ class Turn:
     """prompt_ids + ids, turn after turn, is the conversation as the model saw it, id for
     id; `text` is for verifiers and eyes."""
 
-    prompt_ids: list[int]  # the prompt; later the glue: end of turn, instruction, header
+    prompt_ids: list[int]  # read before it: the prompt, or the glue (Chat.glue)
     ids: list[int]  # the sampled ids, the stop token included
     logps: list[float]  # of ids, at the sampling temperature, as the sampler saw them
     text: str
@@ -88,7 +91,8 @@ class Turn:
 
 @dataclass
 class Episode:
-    """One problem's road. Each stage fills the next fields and overwrites none."""
+    """One problem from its first attempt to its advantage. Each stage fills the next
+    fields and overwrites none."""
 
     problem: dict
     group: int  # episodes of one group share the failed attempt
@@ -114,8 +118,9 @@ class Episode:
 # ---- 3. three stages: attempt, reflect, retry ----
 class Rollout:
     """The turns of an episode, for one model and one task. Each stage returns episodes and
-    the KV cache that holds their conversations, one a row: it only grows, nothing runs
-    twice."""
+    the KV cache that holds their conversations, one a row. It only grows: no token is run
+    twice. Glue is what the chat template writes between a sampled turn and the next: end
+    of turn, the user's instruction, the assistant's header."""
 
     def __init__(self, model: Decoder, chat: Chat, task, config):
         self.model, self.chat, self.task, self.config = model, chat, task, config
@@ -123,20 +128,20 @@ class Rollout:
         # one of eval.py's controls, may be longer than the cap.
         generic = len(chat.encode(task.generic_reflection))
         self.room = max(config.reflection_tokens, generic) + config.retry_tokens
-        self.room += len(chat.glue(task.reflect, -1)) + len(chat.glue(task.retry, -1))
+        self.room += len(chat.glue(task.reflect)) + len(chat.glue(task.retry))
 
     def prompt(self, problem: dict) -> list[int]:
         """Its prompt's ids. UserError where a conversation could overrun the context."""
         tools = self.task.tools(problem) if self.chat.native_tools else None
         messages = self.task.messages(problem, native_tools=tools is not None)
         ids = self.chat.prompt(messages, tools)
-        room, context = self.config.attempt_tokens + self.room, self.model.context
-        check(
-            len(ids) + room <= context,
-            f"the prompt of {problem['key'][:60]} has {len(ids)} tokens, its turns up to "
-            f"{room}, the context holds {context}: raise --context, lower "
-            "--attempt_tokens, --reflection_tokens, --retry_tokens.",
-        )
+        room = self.config.attempt_tokens + self.room
+        context = self.model.context
+        found = f"{problem['key'][:60]} has a prompt of {len(ids)} tokens,"
+        found += f" turns up to {room}; the context holds {context}"
+        hint = "--attempt_tokens, --reflection_tokens, --retry_tokens"
+        fits = len(ids) + room <= context
+        check(fits, f"{found}: raise --context, or lower {hint}.")
         return ids
 
     def attempt(self, problems: list[dict], generator):
@@ -156,8 +161,7 @@ class Rollout:
         glue = [self.chat.glue(self.task.reflect, e.attempt.ids[-1]) for e in failures]
         cache.extend(glue)
         cache = cache.fork(G)
-        failures = [e for e in failures for _ in range(G)]
-        glue = [ids for ids in glue for _ in range(G)]
+        failures, glue = repeat(failures, G), repeat(glue, G)
         turns = self.write(cache, glue, self.config.reflection_tokens, generator)
         return [replace(e, reflection=turn) for e, turn in zip(failures, turns)], cache
 
@@ -169,7 +173,7 @@ class Rollout:
         cache.extend(glue)
         if R > 1:
             cache = cache.fork(R)
-            glue = [ids for ids in glue for _ in range(R)]
+            glue = repeat(glue, R)
         turns = self.write(cache, glue, self.config.retry_tokens, generator)
         done = []
         for i, e in enumerate(episodes):
@@ -179,8 +183,8 @@ class Rollout:
             done.append(replace(e, retries=retries, retry_verdicts=verdicts, reward=reward))
         return done, cache
 
-    def quote(self, failures: list[Episode], cache: KVCache, reflections: list[list[int]]):
-        """In place of `reflect`, for controls: each failure is given another reflection."""
+    def give(self, failures: list[Episode], cache: KVCache, reflections: list[list[int]]):
+        """In place of `reflect`, for eval.py's controls: each failure is given this one."""
         episodes, pieces = [], []
         for e, ids in zip(failures, reflections):
             glue = self.chat.glue(self.task.reflect, e.attempt.ids[-1])
@@ -191,14 +195,14 @@ class Rollout:
         return episodes, cache
 
     def read(self, conversations: list[list[int]], room: int) -> KVCache:
-        """A new cache with these conversations in it, and room for so many tokens more."""
+        """A new cache that holds these ids, with room for so many more in each row."""
         longest = max(len(ids) for ids in conversations)
         cache = KVCache(self.model, len(conversations), longest + room)
         cache.extend(conversations)
         return cache
 
     def write(self, cache: KVCache, prompts, max_tokens: int, generator) -> list[Turn]:
-        """The next turn of each row; prompts: what the row has just read."""
+        """Samples the next turn of each row; prompts: what the row has just read."""
         stop_ids, temperature = self.chat.stop_ids, self.config.temperature
         turns = []
         for i, s in enumerate(cache.sample(max_tokens, stop_ids, generator, temperature)):
@@ -208,6 +212,11 @@ class Rollout:
 
     def verify(self, problem: dict, turn: Turn) -> dict:
         return asdict(self.task.verify(problem, turn.text))
+
+
+def repeat(items: list, n: int) -> list:
+    """Each item n times, side by side: the order of KVCache.fork."""
+    return [item for item in items for _ in range(n)]
 
 
 # ---- 4. the reward becomes an advantage ----
@@ -237,9 +246,10 @@ TRAINED_TURNS = {"reflection": (1,), "reflection+retry": (1, 2), "everything": (
 
 def ids_and_mask(episode: Episode, train_on: str = "reflection"):
     """The conversation up to its last trained turn: ids, mask (is it trained?), and the
-    sampler's logps. Made together, here and nowhere else: they cannot drift apart. The
-    sampled stop token is trained like any other; a turn cut at its cap has none."""
+    sampler's logps. Made together, here and nowhere else: they cannot drift apart. A stop
+    token is trained if it was sampled; a turn that was cut at its cap has none."""
     trained_turns = TRAINED_TURNS[train_on]
+    # Retries are trained only where there is one (train.py checks that).
     turns = [episode.attempt, episode.reflection, *episode.retries[:1]]
     ids, mask, logps = [], [], []
     for i, turn in enumerate(turns[: trained_turns[-1] + 1]):
@@ -254,10 +264,10 @@ def ids_and_mask(episode: Episode, train_on: str = "reflection"):
 
 @dataclass
 class Batch:
-    """N groups, one a row: the shared prefix, then the G episodes' own ids, end to end.
-    Segment 0 is the prefix, g the g-th episode, which goes on from the prefix's last id; -1
-    is padding. Already shifted: `targets` are the ids that the positions predict. For a
-    prefix "a b c" and reflections "x y." and "z.":
+    """N groups, one a row: what the siblings share, then what each has of its own. Segment
+    0 is the shared prefix without its last id. That id opens each episode's segment 1..G,
+    since it predicts the episode's first own id. -1 is padding. `targets` are already
+    shifted: the ids that come next. For a prefix "a b c", reflections "x y." and "z.":
 
         ids        a b   c x y   c z
         segments   0 0   1 1 1   2 2
@@ -271,8 +281,8 @@ class Batch:
     positions: Tensor  # (N, T) int64
     targets: Tensor  # (N, T) int64
     mask: Tensor  # (N, T) bool: the trained tokens are exactly these
-    weights: Tensor  # (N, T) float32: mask / denominator
-    sampled_logps: Tensor  # (N, T) float32: the sampler's, for comparison
+    weights: Tensor  # (N, T) float32: 1 / denominator where the mask is 1, else 0
+    sampled_logps: Tensor  # (N, T) float32: the sampler's, for the metrics alone
     advantages: Tensor  # (N, T) float32
 
     def to(self, device) -> "Batch":
@@ -284,8 +294,13 @@ def make_batches(episodes: list[Episode], config) -> list[Batch]:
     most, padding included (a single group may be larger). Groups without signal, whose
     rewards are all equal, are left out."""
     groups = [group for group in by_group(episodes) if has_signal(group)]
-    denominator = count_denominators(groups, config)
-    rows = [make_row(group, config.train_on, denominator) for group in groups]
+    # The loss's denominator is counted here, once, over the whole batch: how that is cut
+    # into micro-batches must not change the gradient.
+    tokens, kept = 0, sum(groups, [])
+    for episode in kept:
+        _, mask, _ = ids_and_mask(episode, config.train_on)
+        tokens += sum(mask)
+    rows = [make_row(group, tokens, len(kept), config) for group in groups]
     # Longest first: like lengths together, and what exceeds the memory does so at once.
     rows.sort(key=lambda row: len(row["ids"]), reverse=True)
     batches = []
@@ -300,49 +315,37 @@ def has_signal(group: list[Episode]) -> bool:
     return len({episode.reward for episode in group}) > 1
 
 
-def count_denominators(groups: list[list[Episode]], config):
-    """What a trained token's loss is divided by, as a function of its episode's mask.
-    Counted once, over the whole batch: how it is cut must not change the gradient.
-        token      the trained tokens of the batch
-        sequence   the episode's trained tokens, times the number of episodes (GRPO)
-        constant   the cap of a reflection, times the number of episodes (Dr. GRPO)
+def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
+    """What the loss of one episode's tokens is divided by, given those of the batch.
+    token      the trained tokens of the batch
+    sequence   the episode's own trained tokens, times the number of episodes (GRPO)
+    constant   the cap of a reflection, times the number of episodes (Dr. GRPO)
     """
-    episodes = tokens = 0
-    for group in groups:
-        for episode in group:
-            _, mask, _ = ids_and_mask(episode, config.train_on)
-            episodes, tokens = episodes + 1, tokens + sum(mask)
     if config.loss_norm == "token":
-        return lambda mask: tokens
+        return tokens
     if config.loss_norm == "sequence":
-        return lambda mask: sum(mask) * episodes
-    return lambda mask: config.reflection_tokens * episodes
+        return sum(mask) * episodes
+    return config.reflection_tokens * episodes
 
 
-def make_row(group: list[Episode], train_on: str, denominator) -> dict[str, list]:
+def make_row(group: list[Episode], tokens: int, episodes: int, config) -> dict[str, list]:
     """A group's row, by the names of Batch: the prefix, then what each episode adds."""
-    ids, mask, _ = ids_and_mask(group[0], train_on)
-    P = mask.index(True) - 1  # the prefix's last id is read once for each episode
-    row = {
-        "ids": ids[:P],
-        "segments": [0] * P,
-        "positions": list(range(P)),
-        "targets": [0] * P,
-        "mask": [False] * P,
-        "weights": [0.0] * P,
-        "sampled_logps": [0.0] * P,
-        "advantages": [0.0] * P,
-    }
+    ids, mask, _ = ids_and_mask(group[0], config.train_on)
+    P = mask.index(True) - 1  # where the prefix's last id stands
+    row = {"ids": ids[:P], "segments": [0] * P, "positions": list(range(P))}
+    row["mask"] = [False] * P
+    for name in ("targets", "weights", "sampled_logps", "advantages"):
+        row[name] = [0] * P
     for segment, episode in enumerate(group, start=1):
-        ids, mask, logps = ids_and_mask(episode, train_on)
-        targets, mask, logps = ids[P + 1 :], mask[P + 1 :], logps[P + 1 :]
-        n = len(targets)
-        row["ids"] += ids[P:-1]
+        ids, mask, logps = ids_and_mask(episode, config.train_on)
+        ids, targets = ids[P:-1], ids[P + 1 :]
+        mask, logps = mask[P + 1 :], logps[P + 1 :]
+        n, weight = len(ids), 1 / denominator(mask, tokens, episodes, config)
+        row["ids"] += ids
         row["segments"] += [segment] * n
         row["positions"] += range(P, P + n)
         row["targets"] += targets
         row["mask"] += mask
-        weight = 1 / denominator(mask)
         row["weights"] += [weight * trained for trained in mask]
         row["sampled_logps"] += logps
         row["advantages"] += [episode.advantage] * n
@@ -405,8 +408,9 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, batch,
         L    = sum of weights * (L_pg + kl_beta * kl)
 
     Returns the loss and, per token, the KL estimate and whether the clip is active. On the
-    first update rho is 1, so L_pg sums to about 0 (advantages do); its gradient does
-    not."""
+    first update rho is 1, and the value of L_pg is minus the weighted sum of advantages,
+    whatever the model has learnt (0 with loss_norm sequence). Its gradient is what counts.
+    """
     A = batch.advantages
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -1,15 +1,16 @@
 """Batched sampling on one growing KV cache: extend (read), sample (write), fork, select.
 
 A conversation is one list of ids that only grows: prompt, answer, instruction, answer. Its
-keys and values stay in the cache, so that no token is ever run twice. Rows have their own
-lengths: row b's keys lie at positions 0..lengths[b]-1 without holes, and a query at
-position p sees exactly the keys at positions <= p. There is no left padding. Right padding,
-and the steps of rows that have finished, write beyond a row's length, where nobody looks
-and the next piece overwrites.
+keys and values stay in the cache, so that no token is ever run twice. Each row has its own
+length: its keys lie at positions 0 to length - 1 without holes, and a query at position p
+sees the keys at positions <= p. There is no left padding. Right padding and rows that have
+finished write keys beyond their length: nobody sees those, and the next piece overwrites
+them.
 
 Where the speed comes from: many rows share each reading of the weights; keys are attended
 to up to a bucketed length, not the capacity; rows that finish leave the batch; a decoding
-step is a fixed program on fixed tensors, which a GPU can replay as a CUDA graph."""
+step is a fixed program on fixed tensors, which a GPU can replay as a CUDA graph.
+"""
 
 from copy import copy
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Decoder, UserError
+from model import Decoder, check
 
 # Tokens (padding included) of one forward pass in `extend`: on a CPU few, so that what
 # passes from layer to layer stays within its cache.
@@ -46,30 +47,25 @@ class KVCache:
     Methods take and return rows in the caller's order."""
 
     def __init__(self, model: Decoder, rows: int, capacity: int):
-        """UserError where the capacity is beyond the model's context."""
-        if capacity > model.context:
-            raise UserError(
-                f"a conversation may grow to {capacity} tokens, the context holds "
-                f"{model.context}: lower the token limits of the turns, or raise --context."
-            )
         config, weight = model.config, model.model.embed_tokens.weight
         KV, D = config.num_key_value_heads, config.head_dim
-        self.model, self.capacity, self.device = model, capacity, weight.device
+        self.model, self.device = model, weight.device
+        self.capacity = min(capacity, model.context)
         self.keys, self.values = [], []  # by layer: (B, KV, S, D)
         for _ in range(config.num_hidden_layers):
             self.keys.append(weight.new_zeros(rows, KV, 0, D))
             self.values.append(weight.new_zeros(rows, KV, 0, D))
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)  # (B,)
         self.hidden = weight.new_zeros(rows, config.hidden_size)  # (B, C) of the last token
-        # The id that a row sampled last is not in the cache yet; the next `extend` reads
-        # it.
-        self.pending = [[] for _ in range(rows)]
+        # The id that a row sampled last has no keys yet: the next `extend` runs it.
+        self.unread = [[] for _ in range(rows)]
 
     @torch.inference_mode()
     def extend(self, pieces: list[list[int]]) -> None:
-        """Read one piece of ids a row (ragged), behind what the row holds already."""
-        pieces = [last + piece for last, piece in zip(self.pending, pieces, strict=True)]
-        self.pending = [[] for _ in pieces]
+        """Each row reads its piece of ids (ragged), behind what it holds already. UserError
+        where one becomes longer than the capacity or the model's context."""
+        pieces = [last + piece for last, piece in zip(self.unread, pieces, strict=True)]
+        self.unread = [[] for _ in pieces]
         longest = max(len(piece) for piece in pieces)
         self._check_room(longest)
         rows = max(1, PREFILL_TOKENS[self.device.type] // longest)
@@ -77,14 +73,14 @@ class KVCache:
             self._extend(slice(start, start + rows), pieces[start : start + rows])
 
     def _extend(self, rows: slice, pieces: list[list[int]]) -> None:
-        """Some rows read their pieces, padded on the right, in one pass."""
+        """Some rows read their pieces in one pass, padded on the right."""
         sizes = torch.tensor([len(piece) for piece in pieces], device=self.device)  # (b,)
         T = int(sizes.max())
         padded = [piece + [0] * (T - len(piece)) for piece in pieces]
         ids = torch.tensor(padded, device=self.device)  # (b, T)
         offsets = torch.arange(T, device=self.device)  # (T,)
         positions = self.lengths[rows, None] + offsets  # (b, T)
-        S = self.grow(int(self.lengths[rows].max()) + T)  # padding has its place, too
+        S = self.grow(int(self.lengths[rows].max()) + T)  # padding needs room, too
         hidden = self.forward(rows, ids, positions, S)  # (b, T, C)
         self.lengths[rows] += sizes
         self.hidden[rows] = hidden[torch.arange(len(pieces)), sizes - 1]
@@ -93,12 +89,13 @@ class KVCache:
     def sample(
         self, max_tokens: int, stop_ids: frozenset[int], generator, temperature: float = 1.0
     ) -> list[Sampled]:
-        """Write one turn a row, until a stop id or max_tokens. Temperature 0 is greedy.
+        """Each row writes a turn, until a stop id or max_tokens. Temperature 0 is greedy.
 
         All randomness is drawn at the start, one uniform number for each row and step: what
-        a row gets does not depend on when its neighbours finish."""
+        a row gets does not depend on when its neighbours finish. UserError: see `extend`.
+        """
         self._check_room(max_tokens)
-        B = n = len(self.pending)  # n: the working batch, which rows leave as they finish
+        B = n = len(self.unread)  # n: the working batch, which rows leave as they finish
         uniform = torch.rand(B, max_tokens, generator=generator, device=generator.device)
         state = decoding_state(self, max_tokens)
         state.begin(uniform, stop_ids, temperature)
@@ -115,7 +112,7 @@ class KVCache:
             n_alive = int(state.alive[:n].sum())
             if n_alive == 0:
                 break
-            if n_alive <= 0.9 * n:  # moving rows costs a little, running finished ones more
+            if n_alive <= 0.9 * n:  # moving rows costs time, too: not for every single one
                 state.move_finished_back(n, n_alive)
                 n = min(n, round_up(n_alive, ROWS_BY[self.device.type]))
                 longest = int(state.cache.lengths[:n_alive].max())
@@ -123,10 +120,10 @@ class KVCache:
         state.end()
 
         turns, alive = [], state.alive.tolist()
-        for row, n in enumerate(state.counts[:B].tolist()):
-            ids, logps = state.ids[row, :n].tolist(), state.logps[row, :n].tolist()
+        for row, count in enumerate(state.counts[:B].tolist()):
+            ids, logps = state.ids[row, :count].tolist(), state.logps[row, :count].tolist()
             turns.append(Sampled(ids, logps, stopped=not alive[row]))
-            self.pending[row] = ids[-1:]
+            self.unread[row] = ids[-1:]
         return turns
 
     def select(self, rows: list[int]) -> "KVCache":
@@ -135,25 +132,21 @@ class KVCache:
         new.lengths, new.hidden = self.lengths[index], self.hidden[index]
         new.keys = [keys[index] for keys in self.keys]
         new.values = [values[index] for values in self.values]
-        new.pending = [self.pending[row] for row in rows]
+        new.unread = [self.unread[row] for row in rows]
         return new
 
     def fork(self, G: int) -> "KVCache":
         """Every row G times, side by side: row b becomes rows b*G .. b*G+G-1."""
-        return self.select([row for row in range(len(self.pending)) for _ in range(G)])
+        return self.select([row for row in range(len(self.unread)) for _ in range(G)])
 
     def _check_room(self, more: int) -> None:
-        longest = int(self.lengths.max())
-        if longest + more > self.capacity:
-            raise UserError(
-                f"a conversation of {longest} tokens cannot take {more} more: the cache "
-                f"was made for {self.capacity}."
-            )
+        longest, room = int(self.lengths.max()), f"there is room for {self.capacity}"
+        words = f"a conversation of {longest} tokens cannot take {more} more: {room}."
+        check(longest + more <= self.capacity, words)
 
     def grow(self, longest: int) -> int:
-        """Makes room for `longest` tokens a row; returns how many places to attend to:
-        those, in whole buckets. On a CPU all there are: a product with a part would copy it
-        first."""
+        """Makes room for `longest` tokens a row. Returns S, how many keys to attend to: so
+        many, in whole buckets; on a CPU all there are (it would copy a part first)."""
         bucket, old = BUCKET[self.device.type], self.keys[0].shape[2]
         if longest > old:  # by half at least, since all is copied
             S = round_up(max(longest, min(3 * old // 2, self.capacity)), bucket)
@@ -166,17 +159,17 @@ class KVCache:
         return round_up(longest, bucket) if self.lengths.is_cuda else self.keys[0].shape[2]
 
     def forward(self, rows: slice, ids: Tensor, positions: Tensor, S: int) -> Tensor:
-        """Run ids (b, T) at positions (b, T) of some rows: their keys are written, and
-        attended to up to place S, which `grow` gave. Returns hidden (b, T, C)."""
+        """Runs ids (b, T) at positions (b, T) of some rows. Their keys are written, and the
+        first S of each row attended to (see `grow`). Returns hidden (b, T, C)."""
         (b, T), config = ids.shape, self.model.config
         KV, D = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // KV  # query heads that share one key head
-        index = torch.arange(rows.start, rows.start + b, device=self.device)[
-            :, None
-        ]  # (b, 1)
-        places = torch.arange(S, device=self.device)  # (S,)
-        unseen = places > positions[:, :, None]  # (b, T, S)
+        index = torch.arange(rows.start, rows.start + b, device=self.device)  # (b,)
+        index = index[:, None]  # (b, 1)
+        key_positions = torch.arange(S, device=self.device)  # (S,)
+        unseen = key_positions > positions[:, :, None]  # (b, T, S)
         bias = self.hidden.new_zeros(b, T, S).masked_fill(unseen, -torch.inf)
+        # Like the queries below: (b, 1, 1, T, S) -> (b * KV, group * T, S).
         bias = bias[:, None, None].expand(b, KV, group, T, S).reshape(b * KV, group * T, S)
 
         def attend(layer, q, k, v):  # q (b, H, T, D); k, v (b, KV, T, D)
@@ -196,7 +189,7 @@ class KVCache:
 
 class DecodingState:
     """All that the steps of one turn read and write: the cache, and what each row has
-    drawn.
+    drawn. `cache` is the caller's own; under CUDA graphs a copy, which `end` copies back.
 
     A step is a fixed program on these tensors: it replaces none of them, keeps nothing for
     later and asks the GPU nothing, so that it can be recorded. Rows that finish move behind
@@ -230,7 +223,7 @@ class DecodingState:
         """An id for each of the first n places, from their hidden states."""
         logits = self.cache.model.logits(self.cache.hidden[:n])  # (n, V)
         uniform = self.uniform[:n].index_select(1, self.t)  # (n, 1)
-        ids, logps = draw(logits, uniform, self.temperature)  # (n, 1), (n, 1)
+        ids, logps = draw_ids(logits, uniform, self.temperature)  # (n, 1), (n, 1)
         self.ids[:n].index_copy_(1, self.t, ids)
         self.logps[:n].index_copy_(1, self.t, logps)
         self.counts[:n] += self.alive[:n]
@@ -270,8 +263,7 @@ class DecodingState:
 
 
 def decoding_state(cache: KVCache, max_tokens: int) -> DecodingState:
-    """On a GPU one that records its steps and replays them, where extras/ is there for
-    it."""
+    """On a GPU one that records its steps and replays them, where extras/ is there."""
     if cache.lengths.is_cuda:
         try:
             from extras.cuda_graphs import graphed_state
@@ -282,7 +274,7 @@ def decoding_state(cache: KVCache, max_tokens: int) -> DecodingState:
     return DecodingState(cache, max_tokens)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw_ids(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One id a row from softmax(logits / temperature), by inverting its distribution
     function; the likeliest id at temperature 0.
 
@@ -292,8 +284,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, T
         ids = probs.argmax(-1, keepdim=True)  # (n, 1)
     else:
         sums = probs.cumsum(-1)  # (n, V)
-        # Just below the last sum, whatever the rounding: what has probability 0 is not
-        # drawn.
+        # Below the last sum, whatever the rounding: so no id of probability 0 is drawn.
         target = uniform * sums[:, -1:] * (1 - 1e-6)  # (n, 1)
         ids = torch.searchsorted(sums, target, right=True)  # (n, 1)
         # Sums that a GPU adds up in parallel need not rise everywhere: stay within the ids.

@@ -1,7 +1,8 @@
 """Train a model to reflect.  python train.py [--task countdown] [--model qwen2.5-1.5b] ...
 
-The method is in rrr.py; here is what surrounds it. The whole story comes first, `train`,
-then in its order: failures, one step, the optimizer, the log, checkpoints and files."""
+The method is in rrr.py; here is what surrounds it. `train` comes first and tells the story,
+then its parts follow: failures, a step, the optimizer, the log, checkpoints, files.
+"""
 
 import json
 import math
@@ -18,12 +19,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import rrr
 from config import Config, chunks, held_out, open_model, parse, plain_errors, seeded
 from eval import evaluate, is_mended, mean_length, percent, share_cut, table
-from model import UserError, check, explain, load, save
+from model import UserError, check, explain, load, read_json, save
 from rrr import Episode, Rollout, make_batches, trained_logps
 
 
@@ -39,40 +39,37 @@ def train(run: Path, config: Config, stopping: list) -> None:
         dtype = model.lm_head.weight.dtype
         reference, _ = load(config.model, config.device, dtype, config.context)
     optimizer = MasterAdamW(model.parameters(), config)
-    start, skipped = restore(run, checkpoint, optimizer)
+    start = restore(run, checkpoint, optimizer)
     rollout, test = Rollout(model, chat, task, config), held_out(task, config)
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
     print(f"{'resuming' if config.resume else 'writing'} {run}", flush=True)
-    queue = None
+    schedule = None
     if config.failures == "pool":
         failures = failure_pool(run, rollout, config, stopping)
-        queue = in_training_order(failures, config)
+        schedule = in_training_order(failures, config)
     if config.steps == 0:
         return
     reports = read_rows(run / "eval.jsonl")
+    if reports and reports[-1]["step"] == config.steps:
+        print(f"{run} is finished: there is nothing to resume.")
+        return
     if not reports:
         before, _ = evaluate(rollout, test, 0)
         append(run / "eval.jsonl", [{"step": 0} | before])
         print(f"before: second try {percent(before['second_try'])}", flush=True)
-    elif reports[-1]["step"] == config.steps:
-        return print(f"{run} is finished: there is nothing to resume.")
 
-    bar = tqdm(range(start, config.steps), "training", disable=None)
-    for step in bar:
-        times = [time.perf_counter()]
-        episodes, first_try = sample_step(step, rollout, config, queue)
-        times.append(time.perf_counter())
-        batches, figures = make_batches(episodes, config), {}
-        if batches:  # else no group has signal, and there is no step to make
-            figures = update(model, reference, optimizer, batches, config, step)
-        times.append(time.perf_counter())
-        metrics = measure(step, config, episodes, batches, first_try, times) | figures
-        log(run, metrics, episodes, bar, config)
-        if figures:
-            skipped = skipped + 1 if figures["skipped"] else 0
-        check(skipped < 10, "ten steps in a row were not finite: lower --lr.")
+    for step in range(start, config.steps):
+        began = time.perf_counter()
+        episodes, first_try = sample_step(step, rollout, config, schedule)
+        sampled = time.perf_counter()
+        batches, metrics = make_batches(episodes, config), {}
+        if batches:  # else no group has signal, and there is nothing to learn from
+            metrics = update(model, reference, optimizer, batches, config, step)
+        seconds = {"sample": sampled - began, "train": time.perf_counter() - sampled}
+        metrics = measure(step, config, episodes, batches, first_try, seconds) | metrics
+        log(run, metrics, episodes, config)
         if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(run, step + 1, model, chat, optimizer, skipped)
+            save_checkpoint(run, step + 1, model, chat, optimizer)
         stop_if_asked(stopping, run, f"saved after step {step + 1}")
     after, episodes = evaluate(rollout, test, 0)
     append(run / "eval.jsonl", [{"step": config.steps} | after])
@@ -127,14 +124,11 @@ def another_pool(source: str, rollout: Rollout) -> list[dict]:
     """The rows of another run's pool. UserError where this model and task would ask its
     problems otherwise: such attempts are not this model's mistakes."""
     rows = read_rows(Path(source))
-    with explain(f"{source} is not the pool.jsonl of a run", Exception):  # rows of any kind
-        asked = [row["attempt"]["prompt_ids"] for row in rows]
-        asks = [rollout.prompt(row["problem"]) for row in rows]
-    hint = "leave --pool out to build one, or take the options of the run that it is from"
-    check(
-        rows and asked == asks,
-        f"{source} was built with another model, task or prompt: {hint}.",
-    )
+    with explain(f"{source} is not the pool.jsonl of a run", Exception):
+        same = [
+            row["attempt"]["prompt_ids"] == rollout.prompt(row["problem"]) for row in rows
+        ]
+    check(rows and all(same), f"{source} is empty, or of another model, task or prompt.")
     return rows
 
 
@@ -148,22 +142,24 @@ def in_training_order(failures: list[Episode], config: Config) -> list[Episode]:
 
 
 # ---- one step ----
-def sample_step(step: int, rollout: Rollout, config: Config, queue: list[Episode] | None):
-    """The step's episodes, with rewards and advantages, and (online) the first-try rate."""
+def sample_step(step: int, rollout: Rollout, config: Config, schedule):
+    """The step's episodes, with rewards and advantages, and the share of problems that were
+    solved at the first try (None with a pool, whose attempts are all failures)."""
     n, first_try = config.batch_size, None
-    if queue:
-        attempts = queue[step * n : (step + 1) * n]
-        turns, rows = [e.attempt for e in attempts], range(n)
-        read = [turn.prompt_ids + turn.ids for turn in turns]
-        cache = rollout.read(read, rollout.room)
+    if schedule:
+        attempts = schedule[step * n : (step + 1) * n]
+        conversations = [e.attempt.prompt_ids + e.attempt.ids for e in attempts]
+        cache = rollout.read(conversations, rollout.room)
+        rows = range(n)
     else:  # twice as many fresh problems as failures are wanted
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
         generator = seeded(rollout.model, config.seed, "attempt", step)
         attempts, cache = rollout.attempt(problems, generator)
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
-        first_try, rows = 1 - len(rows) / len(attempts), rows[:n]
+        first_try = 1 - len(rows) / len(attempts)
+        rows = rows[:n]
     episodes = []
-    # In parts of sample_rows rows: each failure has G reflections with R retries.
+    # In parts of sample_rows conversations: each failure has G reflections with R retries.
     size = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
     for i, part in enumerate(chunks(rows, size)):
         generator = seeded(rollout.model, config.seed, "reflect", step, i)
@@ -174,30 +170,28 @@ def sample_step(step: int, rollout: Rollout, config: Config, queue: list[Episode
 
 
 def update(model, reference, optimizer, batches, config: Config, step: int) -> dict:
-    """updates_per_batch optimizer steps on the same micro-batches. Returns the log's
-    figures."""
-    T, old_logps, ref_logps = config.temperature, None, None
+    """updates_per_batch optimizer steps on the same micro-batches. Returns metrics."""
+    temperature, old_logps, ref_logps = config.temperature, None, None
     batches = [batch.to(config.device) for batch in batches]
     with torch.no_grad():
         if reference:
-            ref_logps = [trained_logps(reference, batch, T) for batch in batches]
+            ref_logps = [trained_logps(reference, batch, temperature) for batch in batches]
         if config.updates_per_batch > 1:  # with one, the ratio is 1 and needs none
-            old_logps = [trained_logps(model, batch, T) for batch in batches]
+            old_logps = [trained_logps(model, batch, temperature) for batch in batches]
     results, norms = [], []
     for _ in range(config.updates_per_batch):
         results.append(rrr.backward(model, batches, old_logps, ref_logps, config))
         norms.append(optimizer.step(learning_rate(step, config), config.max_grad_norm))
-    figures = dict(results[0])  # the gaps are those from before the weights moved
+    metrics = results[0]  # the gaps are those from before the weights moved
     for name in ("loss", "kl", "clip_fraction"):
-        figures[name] = sum(result[name] for result in results) / len(results)
-    figures["grad_norm"] = norms[-1]  # before clipping; null where the update was skipped
-    figures["skipped"] = norms.count(None)  # updates left out: the gradient was not finite
-    return figures
+        metrics[name] = sum(result[name] for result in results) / len(results)
+    metrics["grad_norm"] = norms[-1]  # before clipping; null where the update was skipped
+    metrics["skipped"] = norms.count(None)  # updates left out: the gradient was not finite
+    return metrics
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then a cosine to 0 just beyond the last step. `step` counts from
-    0."""
+    """Linear warm-up, then a cosine to 0 just beyond the last step; steps count from 0."""
     warm = max(1, round(config.warmup_ratio * config.steps))
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -209,8 +203,8 @@ class MasterAdamW:
     """torch.optim.AdamW on float32 copies of the weights. At the paper's learning rate
     (5e-7) a step is less than half a unit in the last place of most bfloat16 weights:
     rounded to nearest, they would never move. Gradients are summed in float32 too, each
-    taken over in the backward pass (the weights' `grad` stays empty). Float32 weights are
-    their own masters."""
+    taken over in the backward pass (the weights' `grad` stays empty). A master of a float32
+    weight shares its memory: stepping it moves the weight."""
 
     def __init__(self, parameters, config):
         self.parameters, self.masters = list(parameters), []
@@ -219,7 +213,7 @@ class MasterAdamW:
             master = nn.Parameter(p.detach().to(device, torch.float32))
             self.masters.append(master)
             p.register_post_accumulate_grad_hook(partial(self.collect, master))
-        options = {"betas": (0.9, 0.99), "weight_decay": config.weight_decay, "fused": True}
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
         self.adamw = torch.optim.AdamW(self.masters, config.lr, **options)
 
     @staticmethod
@@ -243,8 +237,7 @@ class MasterAdamW:
         return norm if math.isfinite(norm) else None
 
     def state(self) -> dict:
-        masters = [master.detach() for master in self.masters]
-        return {"masters": masters, "adamw": self.adamw.state_dict()}
+        return {"masters": self.masters, "adamw": self.adamw.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: dict) -> None:
@@ -254,10 +247,9 @@ class MasterAdamW:
 
 
 # ---- what the log shows ----
-def measure(step, config, episodes, batches, first_try, times) -> dict:
+def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     """A line of metrics.jsonl: each metric's definition is the comment on its line, here
-    and, for those of an update, in rrr.backward and update. Without signal there is no
-    update."""
+    and, for those of an update, in rrr.backward and update (none without signal)."""
     groups, reflections = rrr.by_group(episodes), [e.reflection for e in episodes]
     attempts = [group[0].attempt for group in groups]
     retries = [turn for e in episodes for turn in e.retries]
@@ -265,25 +257,23 @@ def measure(step, config, episodes, batches, first_try, times) -> dict:
     second_try = None if first_try is None else first_try + (1 - first_try) * reward
     sampled = sum(len(turn.ids) for turn in reflections + retries)
     passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
-    sample_seconds, train_seconds = times[1] - times[0], times[2] - times[1]
-    seconds = {"sample": round(sample_seconds, 3), "train": round(train_seconds, 3)}
     return {
         "step": step + 1,  # counts from 1
-        "lr": learning_rate(step, config),  # of this step
+        "lr": learning_rate(step, config),  # here
         "reward": reward,  # mean over the episodes: the share of retries that succeeded
         "first_try": first_try,  # of this step's fresh problems (null with a pool)
-        "second_try": second_try,  # solved by either try
-        "groups": len(groups),  # failures in the step
+        "second_try": second_try,  # solved by either try, computed from the two above
+        "groups": len(groups),  # failures
         "groups_with_signal": sum(map(rrr.has_signal, groups)),  # only these are trained on
         "reflection_tokens": mean_length(reflections),  # stop token included
         "truncated_attempt": share_cut(attempts),  # share that were cut at their cap
         "truncated_reflection": share_cut(reflections),  # the same of reflections
         "truncated_retry": share_cut(retries),  # the same of retries
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
-        "sampled_tokens_per_second": round(sampled / sample_seconds),  # of both turns
-        "training_tokens_per_second": round(passed / train_seconds),  # a prefix counts once
-        "memory_gb": round(peak_memory(), 2),  # peak so far
-        "seconds": seconds,  # by stage
+        "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
+        "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
+        "memory_gb": round(peak_memory(), 2),  # peak
+        "seconds": {stage: round(n, 3) for stage, n in seconds.items()},  # by stage
     }
 
 
@@ -294,30 +284,24 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def log(
-    run: Path, metrics: dict, episodes: list[Episode], bar: tqdm, config: Config
-) -> None:
-    """To the files, and to the bar; where there is no terminal, ten lines a run."""
+def log(run: Path, metrics: dict, episodes: list[Episode], config: Config) -> None:
+    """To the files, and a line to the terminal."""
     append(run / "metrics.jsonl", [metrics])
-    append(
-        run / "episodes.jsonl", [{"step": metrics["step"]} | asdict(e) for e in episodes]
-    )
-    figures = "reward {reward:.2f}, signal {groups_with_signal}/{groups}".format(**metrics)
-    bar.set_postfix_str(figures)
-    if bar.disable and metrics["step"] % math.ceil(config.steps / 10) == 0:
-        print(f"step {metrics['step']}/{config.steps}: {figures}", flush=True)
+    step = metrics["step"]
+    append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
+    line = f"step {step}/{config.steps}: reward {metrics['reward']:.2f}, signal "
+    line += f"{metrics['groups_with_signal']}/{metrics['groups']}, "
+    line += f"{sum(metrics['seconds'].values()):.1f} s"
     if metrics.get("skipped"):
-        bar.write(f"step {metrics['step']}: the gradient is not finite, no update.")
+        line += "; the gradient is not finite, no update: lower --lr"
+    print(line, flush=True)
 
 
 def summary(run: Path, episodes: list[Episode], task) -> None:
-    """Three failures that were mended, what training rewards between brackets; the
-    table."""
-    for e in [e for e in episodes if is_mended(e)][:3]:
-        problem = {key: value for key, value in e.problem.items() if key != "key"}
-        print(
-            f"\nA failure that was mended, {json.dumps(problem, ensure_ascii=False)[:300]}:"
-        )
+    """Three failures that were mended, what is trained between brackets; the table."""
+    mended = [e for e in episodes if is_mended(e)]
+    for e in mended[:3]:
+        print(f"\nA failure that was mended, {e.problem['key'][:300]}:")
         print(f"  attempt     {e.attempt.text[:500]}   ({e.attempt_verdict['detail']})")
         print(f"  reflection  [[ {e.reflection.text[:500]} ]]")
         print(f"  retry       {e.retries[0].text[:500]}")
@@ -328,19 +312,16 @@ def summary(run: Path, episodes: list[Episode], task) -> None:
 
 
 # ---- checkpoints and files ----
-def save_checkpoint(run: Path, step: int, model, chat, optimizer, skipped: int) -> None:
+def save_checkpoint(run: Path, step: int, model, chat, optimizer) -> None:
     """RUN/step-NNNNNN: a Hugging Face folder, the optimizer beside the weights. Renamed
     when it is whole, so that it is never there in part. Then the one before it goes."""
     final, beside, old = run / f"step-{step:06}", run / "writing", last_checkpoint(run)
-    state = {"step": step, "skipped_in_a_row": skipped, "optimizer": optimizer.state()}
     shutil.rmtree(beside, ignore_errors=True)
-    hint = (
-        f"the checkpoint of step {step} cannot be written: make room, then --resume {run}"
-    )
+    hint = f"step {step} cannot be saved: make room, then --resume {run}"
     try:  # for a full disk torch.save has a RuntimeError
         with explain(hint, OSError, RuntimeError, UserError):
             save(model, chat, beside)
-            torch.save(state, beside / "state.pt")
+            torch.save({"step": step} | optimizer.state(), beside / "state.pt")
             os.rename(beside, final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -353,21 +334,21 @@ def last_checkpoint(run: Path) -> Path | None:
     return max(run.glob("step-" + 6 * "[0-9]"), default=None)
 
 
-def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> tuple[int, int]:
-    """Fills the optimizer from the checkpoint, and cuts what the logs say of later steps.
-    Returns the step, and the number of steps skipped in a row."""
-    state = {"step": 0, "skipped_in_a_row": 0}
+def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
+    """Fills the optimizer from the checkpoint, cuts what the logs say of later steps, and
+    returns the number of steps done."""
+    step = 0
     if checkpoint:
         path, device = checkpoint / "state.pt", optimizer.masters[0].device
-        with explain(
-            f"the checkpoint {checkpoint} is damaged", Exception
-        ):  # torch.load: any
+        with explain(f"the checkpoint {checkpoint} is damaged", Exception):
             state = torch.load(path, map_location=device, weights_only=True)
-            optimizer.restore(state["optimizer"])
-    for path in [run / f"{name}.jsonl" for name in ("metrics", "episodes", "eval")]:
-        if path.exists():
-            rewrite(path, [row for row in read_rows(path) if row["step"] <= state["step"]])
-    return state["step"], state["skipped_in_a_row"]
+            optimizer.restore(state)
+        step = state["step"]
+    for name in ("metrics.jsonl", "episodes.jsonl", "eval.jsonl"):
+        if (run / name).exists():
+            rows = [row for row in read_rows(run / name) if row["step"] <= step]
+            rewrite(run / name, rows)
+    return step
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -400,25 +381,21 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
     UserError where the folder is taken, or other options are given."""
     if config.resume:
         run = Path(config.resume)
-        with explain(f"{run} is not the folder of a run", OSError, ValueError, TypeError):
-            stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
-            stored = Config(**stored | {"resume": config.resume})
+        with explain(f"{run} is not the folder of a run", TypeError):
+            stored = Config(**read_json(run / "config.json"))
         others = ", ".join(f"--{name}" for name in sorted(given - {"resume"}))
         check(not others, f"--resume takes the run's own options: leave out {others}.")
-        return run, stored
-    name = config.out or f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
-    run, n = Path(name), 1
-    while run.exists() and not config.out:  # the first free number
-        n += 1
-        run = Path(f"{name}-{n}")
-    check(not run.exists(), f"{run} exists already: choose another --out, or resume it.")
+        return run, replace(stored, resume=config.resume)
+    name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
+    run = Path(config.out or name)
+    check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
     with explain(f"{run} cannot be written", OSError):
         run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     return run, config
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None) -> None:
     stopping = []  # filled by the first Ctrl-C; the second one stops at once
 
     def interrupt(*_):
@@ -440,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
             train(run, config, stopping)
         finally:
             if os.listdir(run) == ["config.json"]:
-                shutil.rmtree(run)  # nothing has happened yet
+                shutil.rmtree(run)  # nothing happened yet
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ accepted values, and so has each key of an object inside. "" there: it may be le
 
     {"name": "weather", "arguments": {"city": ["Rome", "Roma"], "days": [3, ""]}}
 
-An answer is right if its calls and the wanted ones pair off one to one, in any order.
-Strings are equal without regard to case and outer spaces. Types count: true and "1" are
-not 1, and 1.0 is only where the schema says number. For an optional parameter null, "", the
-schema's default and leaving it out are the same.
+An answer is right if each wanted call finds a call of its own, in any order, and none is
+left over. Strings are equal without regard to case and outer spaces. Types count: true and
+"1" are not 1, and 1.0 is only where the schema says number. For an optional parameter null,
+"", the schema's default and leaving it out are the same.
 """
 
 import json
@@ -94,8 +94,9 @@ def load(data):
 
 
 def judge(problem, calls):
-    """The verdict on calls [{"name", "arguments"}]; each wanted call takes one of them, who
-    accepts only Apple before who accepts Microsoft, too."""
+    """The verdict on calls [{"name", "arguments"}]. Each wanted call takes the first that
+    is right for it. The one that accepts the fewest values chooses first: if Apple alone is
+    wanted and Microsoft or Apple, too, the first must get Apple's."""
     wanted = sorted(problem["answers"], key=count_accepted)
     if len(calls) != len(wanted):
         error = "wrong number of calls" if calls else "no call"
@@ -127,17 +128,19 @@ def compare(wanted, call, schemas):
 
 
 def compare_arguments(wanted, given, schema):
-    """{parameter: value} against {parameter: accepted values}; wrong names first."""
+    """Given {"city": "Rome"} where {"city": ["Rome", "Roma"], "days": [3, ""]} is wanted:
+    right, if the schema does not require days. Wrong names are told before wrong values."""
     properties = schema.get("properties") or {}
     required = schema.get("required") or []
     in_both = wanted.keys() & given.keys()
     for key in sorted(wanted | given, key=lambda key: key in in_both):
         spec, value = properties.get(key) or {}, given.get(key)
+        # What nobody asked for may be given only as if it had been left out.
         accepted = wanted.get(key, [""] if key in properties else [])
         if not isinstance(accepted, list):  # in an object that is a default; null by Arrow
             accepted = [accepted]
         if key not in required:
-            value, *accepted = [fill(choice, spec) for choice in [value, *accepted]]
+            value, accepted = fill(value, spec), [fill(choice, spec) for choice in accepted]
         missing = key in required and key not in given
         if missing or not any(same(choice, value, spec) for choice in accepted):
             error = "wrong values" if key in in_both else "wrong parameters"
@@ -152,7 +155,8 @@ def fill(value, spec):
 
 
 def same(wanted, value, spec):
-    """Whether a value counts as the wanted one, which alone decides how deep I look."""
+    """Whether a value counts as the wanted one. I look no deeper than the wanted one goes:
+    an answer that is nested a thousand times costs nothing."""
     types = {type(wanted), type(value)}
     if types == {dict}:
         return compare_arguments(wanted, value, spec).ok
@@ -168,9 +172,9 @@ def same(wanted, value, spec):
 def read_calls(text: str) -> list[dict]:
     """The calls [{"name", "arguments"}] of an answer. Raises ValueError, RecursionError.
 
-    If there are <tool_call> blocks they alone count, and hold JSON only, perhaps fenced
-    (the last may be unclosed). Else every object with a name counts, whatever the text
-    around it. Python's f(x=1) is no call: the prompt asks for JSON.
+    If there are <tool_call> blocks, they alone count and hold JSON only, perhaps fenced
+    (the last may be unclosed). Else every object with a name in the text counts: Llama and
+    SmolLM write bare ones. Python's f(x=1) is no call: the prompt asks for JSON.
     """
     text = without_thinking(text)
     if len(text) > MAX_CHARS:
@@ -201,7 +205,8 @@ def find_calls(text, start):
 
 
 def read_call(value):
-    """A call may be wrapped as OpenAI's, say "parameters", or hold them as JSON text."""
+    """A call may be wrapped in {"function": ...} as OpenAI's, say "parameters" as Llama's,
+    or hold its arguments as JSON text."""
     call = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(call, dict):
         raise ValueError(f"a call must be an object, found {call!r:.60}")
@@ -219,5 +224,8 @@ def unique_keys(pairs):
     return dict(pairs)
 
 
-# NaN and Infinity are no JSON: int() raises a ValueError for them.
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=int)
+def no_constant(word):
+    raise ValueError(f"{word} is no JSON")  # NaN, Infinity
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)

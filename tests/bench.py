@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rrr
 import sampler
 import train
-from config import Config, pick_device, pick_dtype, seeded
+from config import Config, resolve_auto, seeded
 from model import Chat, Decoder, ModelConfig, load, resolve, save
 from rrr import Batch, Episode, Rollout, Turn
 from sampler import KVCache
@@ -851,8 +851,7 @@ def parse(argv) -> argparse.Namespace:
     add("--serve_vllm", help=argparse.SUPPRESS)  # how --against vllm starts its peer
 
     options = parser.parse_args(argv)
-    options.device = pick_device(options.device)
-    options.dtype = pick_dtype(options.dtype, options.device)
+    resolve_auto(options)
     on_gpu = options.device == "cuda"
     options.batches = options.batches or ([32, 128] if on_gpu else [8, 32])
     for table, larger in ((SIZES, on_gpu or bool(options.against)), (LOADS, on_gpu)):

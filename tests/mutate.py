@@ -45,8 +45,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "each micro-batch has its own denominator",
         "rrr.py",
-        "make_row(group, config.train_on, denominator)",
-        "make_row(group, config.train_on, count_denominators([group], config))",
+        "make_row(group, tokens, len(kept), config)",
+        "make_row(group, sum(len(e.reflection.ids) for e in group), len(group), config)",
     ),
     (
         "the loss forgets the temperature",

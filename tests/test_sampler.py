@@ -10,7 +10,7 @@ from conftest import close, random_model
 import sampler
 from extras import cuda_graphs
 from model import UserError
-from sampler import DecodingState, KVCache, draw
+from sampler import DecodingState, KVCache, draw_ids
 
 STOPS = frozenset({3, 5, 8})
 
@@ -95,7 +95,7 @@ def test_after_a_turn_rows_stand_in_the_callers_order():
     read.extend([prompt + s.ids[:-1] for prompt, s in zip(prompts, sampled)])
     ours, theirs = cache, read
     assert torch.equal(ours.lengths, theirs.lengths)
-    assert cache.pending == [s.ids[-1:] for s in sampled]
+    assert cache.unread == [s.ids[-1:] for s in sampled]
     for row, n in enumerate(ours.lengths.tolist()):
         for mine, plain in zip(ours.keys + ours.values, theirs.keys + theirs.values):
             difference = (mine[row, :, :n] - plain[row, :, :n]).abs().max()
@@ -193,7 +193,7 @@ def test_drawn_ids_follow_the_distribution(temperature):
     logits[7] = -torch.inf  # must never be drawn
     n = 40_000
     uniform = torch.rand(n, 1, generator=generator(4))
-    ids, logps = draw(logits.expand(n, 20), uniform, temperature)
+    ids, logps = draw_ids(logits.expand(n, 20), uniform, temperature)
     ids, logps = ids[:, 0], logps[:, 0]
     expected = torch.softmax(logits / temperature, -1)
     counts = torch.bincount(ids, minlength=20).float()
@@ -206,8 +206,8 @@ def test_drawn_ids_follow_the_distribution(temperature):
 
 def test_the_extremes_of_the_uniform_number_draw_possible_ids():
     logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
-    assert draw(logits, torch.tensor([[0.0]]), 1.0)[0].item() == 1
-    assert draw(logits, torch.tensor([[1 - 2**-24]]), 1.0)[0].item() == 2
+    assert draw_ids(logits, torch.tensor([[0.0]]), 1.0)[0].item() == 1
+    assert draw_ids(logits, torch.tensor([[1 - 2**-24]]), 1.0)[0].item() == 2
 
 
 @pytest.mark.parametrize("V", [7, 50_000])
@@ -217,14 +217,14 @@ def test_a_sum_that_misses_1_draws_no_impossible_id(V):
     logits = torch.randn(4, V, generator=generator())
     logits[:, -3:] = -torch.inf
     for u in (1 - 2**-24, 1 - 2**-20, 0.0):
-        ids, logps = draw(logits, torch.full((4, 1), u), 1.0)
+        ids, logps = draw_ids(logits, torch.full((4, 1), u), 1.0)
         assert (ids < V - 3).all() and logps.isfinite().all()
 
 
 def test_at_temperature_0_the_likeliest_id_is_drawn():
     """With its log-prob in the full distribution at temperature 1, whatever the number."""
     logits = torch.randn(5, 20, generator=generator())
-    ids, logps = draw(logits, torch.rand(5, 1, generator=generator()), 0)
+    ids, logps = draw_ids(logits, torch.rand(5, 1, generator=generator()), 0)
     assert ids[:, 0].tolist() == logits.argmax(-1).tolist()
     assert torch.allclose(logps[:, 0], logits.log_softmax(-1).max(-1)[0], atol=1e-6)
 
@@ -243,8 +243,8 @@ def test_the_seed_repeats_a_run_and_another_seed_does_not():
 
 def test_overrunning_the_context_is_refused_before_anything_is_sampled():
     model = random_model()
-    with pytest.raises(UserError, match="context"):
-        KVCache(model, 2, 513)
+    with pytest.raises(UserError, match="room for 512"):  # its context
+        KVCache(model, 2, 600).extend([[1] * 513, [1]])
     cache = KVCache(model, 2, 64)
     cache.extend([[1] * 60, [1]])
     with pytest.raises(UserError, match="cannot take 5 more"):

@@ -22,7 +22,7 @@ from conftest import ROOT, close
 import eval as evaluation
 import rrr
 import train
-from config import Config, parse, sections
+from config import Config, parse
 from model import UserError
 from tasks import get_task
 
@@ -233,7 +233,7 @@ def test_a_step_without_failures_goes_on(monkeypatch):
     ends there, a division by zero in its figures, a step of the optimizer without a
     gradient."""
     monkeypatch.setattr(rrr.Rollout, "verify", lambda *_: {"ok": True, "error": ""})
-    options = [*QUICK, "--failures", "online", "--batch_size", "1", "--weight_decay", "0.1"]
+    options = [*QUICK, "--failures", "online", "--batch_size", "1"]
     train.main([*options, "--out", "r"])
     for row in rows("r/metrics.jsonl"):
         assert row["first_try"] == row["second_try"] == 1
@@ -267,7 +267,7 @@ def test_data_without_training_problems_is_refused(capsys):
         "--train_on everything --failures online",
         "--loss_norm sequence --scale_advantages false",
         "--loss_norm constant --checkpointing true --micro_batch_tokens 1",
-        "--dtype bfloat16 --optimizer_device cpu --weight_decay 0.1",
+        "--dtype bfloat16 --optimizer_device cpu",
     ],
 )
 def test_every_choice_of_the_method_runs_and_is_logged(options, whole):
@@ -298,23 +298,14 @@ def test_every_metric_is_defined_on_its_line():
 
 
 @pytest.mark.parametrize("module, program", [(train, "train.py"), (evaluation, "eval.py")])
-def test_help_shows_every_option_in_its_section(module, program, capsys):
-    """Prevents: an option without help, or one that is lost because of how its line is
-    written."""
-    options = []
-    for section, helps in sections().items():
-        options += [(section, name, words) for name, words in helps.items()]
-    assert [name for _, name, _ in options] == [field.name for field in fields(Config)]
+def test_help_shows_every_option_as_it_stands_in_the_code(module, program, capsys):
+    """With its section, type, default and what it is. Prevents: an option without help."""
     with pytest.raises(SystemExit):
         module.main(["--help"])
     text = capsys.readouterr().out
-    for section, name, words in options:
-        if section.endswith(".py)") and program not in section:
-            assert f"--{name} " not in text
-            continue
-        assert re.search(rf"^{re.escape(section)}:$", text, re.M), section
-        [shown] = re.findall(rf"^  --{name} [A-Za-z].*\n?(?:    +.*\n)*", text, re.M)
-        assert " ".join(words.split()) in " ".join(shown.split())
+    assert f"usage: python {program}" in text and "    # the method\n" in text
+    for field in fields(Config):
+        assert re.search(rf"^    {field.name}: .+ = .+  # \w+", text, re.M), field.name
 
 
 KINDS = {field.name: field.type for field in fields(Config)}
@@ -341,7 +332,7 @@ def test_values_of_another_kind_or_range_are_refused_by_name(name):
             if abs(end) < math.inf:
                 bad.append(str(end + outward * (1 if kind is int else 0.01)))
                 good.append(str(end))
-        good += ["9" * 400] * (kind is int)  # beyond float's range
+        bad += ["9" * 400] * (kind is int)  # beyond float's range
     else:
         good += get_args(kind) or ["true", "false"]
         bad += ["True", "1", good[0] + "s"]
@@ -462,22 +453,16 @@ def test_a_damaged_checkpoint_is_refused(capsys):
         assert "damaged" in refusal(capsys, train.main, ["--resume", path])
 
 
-def test_updates_that_are_not_finite_are_skipped_and_ten_stop_the_run(monkeypatch, capsys):
-    """Prevents: one bad batch that turns every weight into NaN."""
-    sample_step, first = train.sample_step, []
-
-    def the_first_again(*arguments):  # what does not move samples the same
-        if not first:
-            first.append(sample_step(*arguments))
-        return first[0]
-
-    monkeypatch.setattr(train, "sample_step", the_first_again)
+def test_updates_that_are_not_finite_are_skipped_and_told(monkeypatch, capsys):
+    """Prevents: one bad batch that turns every weight into NaN, in silence."""
     original = rrr.trained_logps
     monkeypatch.setattr(rrr, "trained_logps", lambda *a: original(*a) * float("nan"))
-    more = ["--steps", "30", "--save_every", "100", "--out", "r"]
-    said = refusal(capsys, train.main, [*QUICK, *more])
-    assert "ten steps in a row" in said
-    assert sum(row.get("skipped", 0) for row in rows("r/metrics.jsonl")) == 10
+    train.main([*QUICK, "--steps", "1", "--out", "r"])
+    assert "no update: lower --lr" in capsys.readouterr().out
+    [row] = rows("r/metrics.jsonl")
+    assert row["skipped"] == 1 and row["grad_norm"] is None
+    start = safetensors.torch.load_file(ROOT / "tiny" / "model.safetensors")
+    assert all(torch.equal(w, start[name]) for name, w in weights("r").items())
 
 
 def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
@@ -488,9 +473,9 @@ def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
     ours32, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     ours16 = torch.nn.Parameter(start.bfloat16())
     lr = 5e-7
-    config = Config(lr=lr, weight_decay=0.1)
+    config = Config(lr=lr)
     a, c = (train.MasterAdamW([p], config) for p in (ours32, ours16))
-    b = torch.optim.AdamW([theirs], lr=lr, weight_decay=0.1, betas=(0.9, 0.99))
+    b = torch.optim.AdamW([theirs], lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     plain = start.bfloat16()
     for i in range(100):
         generator = torch.Generator().manual_seed(i // 10)

@@ -130,7 +130,7 @@ def test_saved_folder_loads_in_transformers(tmp_path, monkeypatch, family, tied)
             transformers.AutoTokenizer.from_pretrained(tmp_path / name).chat_template
             == CHATML
         )
-    save(ours, chat, tmp_path / "half", dtype=torch.bfloat16)
+    save(ours.to(torch.bfloat16), chat, tmp_path / "half")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "half", dtype="auto"
     )
