@@ -116,7 +116,8 @@ def percent(share: dict | None) -> str:
 def table(reports: dict[str, dict], errors: list[str]) -> str:
     """Reports side by side; shares with 95% intervals, errors as shares of all problems."""
     columns = [column(report, errors) for report in reports.values()]
-    lines = [" " * 36 + "".join(f"{name:24}" for name in reports)]
+    heads = "".join(f"{name:24}" for name in reports)
+    lines = [" " * 36 + heads.rstrip()]
     for label in columns[0]:
         values = "".join(f"{values[label]:24}" for values in columns)
         lines.append(f"{label:36}{values}".rstrip())

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("loss", "sampler", "golden", "model", "fast_cpu", "train")
+NAMES = ("loss", "sampler", "golden", "model", "fast_cpu", "gpu_road", "train")
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
@@ -127,6 +127,24 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
         "extras/cuda_graphs.py",
         "copy_rows(self.cache, self.source)",
         "pass",
+    ),
+    (
+        "a recorded step waits for the GPU",
+        "sampler.py",
+        "        self.t += 1",
+        "        self.t += 1 if self.alive[:n].any() else 1",
+    ),
+    (
+        "a recorded step replaces a tensor",
+        "sampler.py",
+        "        self.t += 1",
+        "        self.t = self.t + 1",
+    ),
+    (
+        "each graph has a pool of its own",
+        "extras/cuda_graphs.py",
+        "record(partial(super().step, n, S), self.pool)",
+        "record(partial(super().step, n, S), None)",
     ),
     (
         "bfloat16 weights are their own masters",

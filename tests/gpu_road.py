@@ -1,0 +1,173 @@
+"""The road on a GPU, without one: run by test_gpu_road.py in a process of its own."""
+
+import json
+from hashlib import sha256
+
+import pytest
+import torch
+from conftest import random_model
+from pretended_gpu import GPU, Forbidden, Graph
+from test_sampler import STOPS, generator, random_prompts
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import eval as evaluation
+import rrr
+import train
+from extras import cuda_graphs
+from sampler import DecodingState, KVCache
+
+
+class Strict(TorchDispatchMode):
+    """FakeTensorMode refuses what asks the GPU for a number; this, what is on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        devices = {t.device.type for t in leaves if isinstance(t, torch.Tensor)}
+        assert "cpu" not in devices, f"{func} meets the CPU in a recorded step"
+        return out
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.7])
+def test_a_step_can_be_recorded(temperature):
+    """Prevents: a number that Python needs from the GPU, a tensor made on the CPU."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = random_model()
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
+        with torch.inference_mode():
+            state = DecodingState(KVCache(model, 48, 300), 40)
+            state.cache.grow(300)
+            state.begin(torch.rand(48, 40), STOPS, temperature)
+            with Strict():
+                state.step(32, 256)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps are recorded by the pretended GPU. Its tensors do not live in inference
+    mode. Lists the pools that record() was given."""
+    pools = []
+
+    def record(step, pool):
+        pools.append(pool)
+        return Graph(step).replay, pool or object()
+
+    monkeypatch.setattr(cuda_graphs, "record", record)
+    for name in ("extend", "sample"):
+        plain = getattr(KVCache, name).__wrapped__
+        monkeypatch.setattr(KVCache, name, torch.no_grad()(plain))
+    return pools
+
+
+def three_turns(model):
+    cache = KVCache(model, 9, 300)
+    cache.extend(random_prompts(9, 0))
+    turns = cache.sample(20, STOPS, generator())
+    cache.extend(random_prompts(9, 1, high=9))
+    cache = cache.fork(6)
+    turns += cache.sample(40, STOPS, generator(1), temperature=0.8)
+    cache.extend([[7, 7]] * 54)
+    turns += cache.sample(30, frozenset({11}), generator(2), temperature=0)
+    return [(turn.ids, turn.stopped) for turn in turns]
+
+
+@torch.no_grad()
+def halve(model):
+    for p in model.parameters():
+        p.mul_(0.5)
+
+
+def test_three_turns_by_replayed_graphs_equal_the_eager_ones(graphs):
+    """Also after the weights have moved. Prevents: a tensor that a step replaces instead of
+    writing to, weights that a graph keeps a copy of, a pool for each graph."""
+    model, moved = random_model(), random_model()
+    expected = three_turns(model)
+    halve(moved)
+    expected_moved = three_turns(moved)
+    assert expected != expected_moved and not graphs
+    with GPU:
+        model = model.to("cuda")
+        model.set_context(model.context)
+        assert three_turns(model) == expected
+        halve(model)
+        assert three_turns(model) == expected_moved
+    state = model.graphed_state
+    assert len(state.graphs) > 3
+    of_this_state = graphs[-len(state.graphs) :]
+    assert of_this_state[0] is None and set(of_this_state[1:]) == {state.pool}
+
+
+def test_a_step_that_synchronises_is_refused(graphs, monkeypatch):
+    """Prevents: a pretended GPU that would let everything pass."""
+    step = DecodingState.step
+
+    def bad(self, n, S):
+        step(self, n, S)
+        self.alive[:n].any().item()
+
+    monkeypatch.setattr(DecodingState, "step", bad)
+    with GPU, pytest.raises(Forbidden):
+        model = random_model().to("cuda")
+        model.set_context(model.context)
+        three_turns(model)
+
+
+QUICK = "--steps 2 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 16"
+QUICK = f"{QUICK} --attempt_tokens 32 --reflection_tokens 24 --retry_tokens 32".split()
+
+
+def forward_only(model, reference, optimizer, batches, config, step):
+    """In place of train.update: the pretended GPU has no backward pass. That and the
+    optimizer are tested on a twin on the CPU, in test_train.py and test_loss.py."""
+    losses, T = [], config.temperature
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(config.device)
+            logps = rrr.trained_logps(model, batch, T)
+            ref_logps = rrr.trained_logps(reference, batch, T) - 0.1
+            loss, _, _ = rrr.grpo_loss(logps, logps - 0.1, ref_logps, batch, config)
+            losses.append(loss.item())
+    return {"loss": sum(losses), "skipped": 0}
+
+
+def on_the_cpu(model, *names):
+    """In place of seeded: there is no CUDA generator, and both shall draw the same."""
+    return generator(int.from_bytes(sha256(repr(names).encode()).digest()[:7]))
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def story(run):
+    """What happened in a run, without times and rounding."""
+    turns = []
+    for row in rows(run / "pool.jsonl") + rows(run / "episodes.jsonl"):
+        for turn in [row["attempt"], row["reflection"], *row["retries"]]:
+            turns.append(turn and (turn["prompt_ids"], turn["ids"], turn["stopped"]))
+        turns.append((row["reward"], row["advantage"]))
+    return turns, rows(run / "eval.jsonl")
+
+
+def test_a_run_gives_what_it_gives_on_the_cpu(graphs, monkeypatch, tmp_path):
+    """train.py on the embedded model: pool, both evaluations, steps, forward passes.
+    Prevents: tensors on two devices, anywhere on that road."""
+    monkeypatch.setattr(train, "update", forward_only)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "seeded", on_the_cpu)
+    train.main([*QUICK, "--device", "cpu", "--out", str(tmp_path / "cpu")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
+    with GPU:
+        train.main([*QUICK, "--device", "cuda", "--out", str(tmp_path / "gpu")])
+    assert graphs, "no step was recorded"
+    assert story(tmp_path / "gpu") == story(tmp_path / "cpu")
+    losses = {}
+    for device in ("cpu", "gpu"):
+        metrics = rows(tmp_path / device / "metrics.jsonl")
+        losses[device] = [row["loss"] for row in metrics if "loss" in row]
+    assert losses["cpu"] and losses["gpu"] == pytest.approx(losses["cpu"], abs=1e-5)
