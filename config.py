@@ -23,10 +23,10 @@ from rrr import TRAINED_TURNS
 from tasks import get_task
 
 # Numbers with their ranges: type, lowest, highest.
-AtLeast0 = Annotated[int, 0, 10**9]
-AtLeast1 = Annotated[int, 1, 10**9]
-AtLeast2 = Annotated[int, 2, 10**9]
-NotNegative = Annotated[float, 0.0, 1e9]
+AtLeast0 = Annotated[int, 0, math.inf]
+AtLeast1 = Annotated[int, 1, math.inf]
+AtLeast2 = Annotated[int, 2, math.inf]
+NotNegative = Annotated[float, 0.0, math.inf]
 Share = Annotated[float, 0.0, 1.0]
 
 
@@ -40,7 +40,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if fast
     context: AtLeast0 = 0  # tokens of a whole conversation (0: the model's, up to 4096)
-    seed: AtLeast0 = 0  # of problems, sampling
+    seed: AtLeast0 = 0  # of whatever is drawn
     out: str = ""  # the folder to write (default: named after task, model and seed)
 
     # sampling
@@ -62,7 +62,7 @@ class Config:
     retries_per_reflection: AtLeast1 = 1  # the reward is their mean (the paper: 1)
     train_on: Literal[*TRAINED_TURNS] = "reflection"  # the turns whose tokens are trained
     scale_advantages: bool = True  # divide by the group's deviation (false: Dr. GRPO)
-    loss_norm: Literal["token", "sequence", "constant"] = "token"  # divide by: make_batches
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # see rrr.denominator
     kl_beta: NotNegative = 0.001  # weight of the KL term (0 loads no reference model)
     clip_low: Share = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: NotNegative = 0.2  # and above 1 + clip_high
@@ -110,7 +110,7 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
     for unknown options and for values of another kind or range."""
     parser = argparse.ArgumentParser(
         program,
-        usage=f"python {program} [--option value ...]",
+        usage=f"python {program} [--option value]",
         description=f"{description}\n\n{inspect.getsource(Config)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -146,8 +146,8 @@ def convert(field, text: str):
         except ValueError:
             value = math.nan
         what = "a whole number" if number is int else "a number"
-        limits = f"from {low} to {high}" if high < 10**9 else f"of at least {low}"
-        right = low <= value <= high
+        limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        right = low <= value <= high and value < math.inf
         check(right, f"--{field.name} must be {what} {limits}, found '{text}'.")
         return value
     choices = ["true", "false"] if field.type is bool else get_args(field.type)
@@ -178,10 +178,10 @@ def open_model(config: Config):
     if config.device == "cpu":
         try:  # samples faster, and is no part of the method
             from extras.fast_cpu import pack
-
-            pack(model)
         except ImportError:
             pass
+        else:
+            pack(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = f"{config.dtype} on {config.device}"
     print(f"{config.model}: {millions:,.1f} M parameters, {where}; {config.task}")

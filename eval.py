@@ -139,7 +139,8 @@ def column(report: dict, errors: list[str]) -> dict[str, str]:
             share = report[f"{which}_errors"].get(error, 0) / n
             cells[f"  {which} try: {error}"] = f"{100 * share:5.1f}%"
     cells["reflection tokens"] = f"{report['reflection_tokens']:5.1f}"
-    for turn, share in report["truncated"].items():
+    cut = report["truncated"]
+    for turn, share in cut.items():
         cells[f"  {turn} cut at its cap"] = f"{100 * share:5.1f}%"
     return cells
 

@@ -316,11 +316,11 @@ def has_signal(group: list[Episode]) -> bool:
 
 
 def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
-    """What the loss of one episode's tokens is divided by, given those of the batch.
-    token      the trained tokens of the batch
-    sequence   the episode's own trained tokens, times the number of episodes (GRPO)
-    constant   the cap of a reflection, times the number of episodes (Dr. GRPO)
-    """
+    """What the loss of one episode's tokens is divided by.
+        token      tokens, the trained ones of all episodes
+        sequence   the episode's own trained tokens, times episodes (GRPO)
+        constant   the cap of a reflection, times episodes (Dr. GRPO)
+    tokens and episodes are counted over the whole batch."""
     if config.loss_norm == "token":
         return tokens
     if config.loss_norm == "sequence":

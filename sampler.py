@@ -132,7 +132,7 @@ class KVCache:
         new.lengths, new.hidden = self.lengths[index], self.hidden[index]
         new.keys = [keys[index] for keys in self.keys]
         new.values = [values[index] for values in self.values]
-        new.unread = [self.unread[row] for row in rows]
+        new.unread = [self.unread[i] for i in rows]
         return new
 
     def fork(self, G: int) -> "KVCache":
@@ -164,8 +164,7 @@ class KVCache:
         (b, T), config = ids.shape, self.model.config
         KV, D = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // KV  # query heads that share one key head
-        index = torch.arange(rows.start, rows.start + b, device=self.device)  # (b,)
-        index = index[:, None]  # (b, 1)
+        index = torch.arange(len(self.lengths), device=self.device)[rows, None]  # (b, 1)
         key_positions = torch.arange(S, device=self.device)  # (S,)
         unseen = key_positions > positions[:, :, None]  # (b, T, S)
         bias = self.hidden.new_zeros(b, T, S).masked_fill(unseen, -torch.inf)

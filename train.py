@@ -104,9 +104,7 @@ def build_pool(path: Path, rollout: Rollout, config: Config, stopping: list) -> 
     """Attempts, appended batch by batch. A batch's draws are a function of the seed and its
     number, so that an interrupted pool goes on by counting its whole batches."""
     problems = rollout.task.problems("train", config.pool_problems, config.seed)
-    todo = []
-    for problem in problems:
-        todo += [problem] * config.pool_attempts
+    todo = rrr.repeat(problems, config.pool_attempts)
     rows = read_rows(path)
     end = 0
     for i, batch in enumerate(chunks(todo, config.sample_rows)):
@@ -125,10 +123,10 @@ def another_pool(source: str, rollout: Rollout) -> list[dict]:
     problems otherwise: such attempts are not this model's mistakes."""
     rows = read_rows(Path(source))
     with explain(f"{source} is not the pool.jsonl of a run", Exception):
-        same = [
-            row["attempt"]["prompt_ids"] == rollout.prompt(row["problem"]) for row in rows
-        ]
-    check(rows and all(same), f"{source} is empty, or of another model, task or prompt.")
+        asked = [row["attempt"]["prompt_ids"] for row in rows]
+        asks = [rollout.prompt(row["problem"]) for row in rows]
+    same = rows and asked == asks
+    check(same, f"{source} is empty, or of another model, task or prompt.")
     return rows
 
 
@@ -257,22 +255,23 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     second_try = None if first_try is None else first_try + (1 - first_try) * reward
     sampled = sum(len(turn.ids) for turn in reflections + retries)
     passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
+    sampling, training = seconds["sample"], seconds["train"]
     return {
         "step": step + 1,  # counts from 1
-        "lr": learning_rate(step, config),  # here
+        "lr": learning_rate(step, config),  # of this step
         "reward": reward,  # mean over the episodes: the share of retries that succeeded
         "first_try": first_try,  # of this step's fresh problems (null with a pool)
         "second_try": second_try,  # solved by either try, computed from the two above
-        "groups": len(groups),  # failures
+        "groups": len(groups),  # failures in the step
         "groups_with_signal": sum(map(rrr.has_signal, groups)),  # only these are trained on
         "reflection_tokens": mean_length(reflections),  # stop token included
         "truncated_attempt": share_cut(attempts),  # share that were cut at their cap
         "truncated_reflection": share_cut(reflections),  # the same of reflections
         "truncated_retry": share_cut(retries),  # the same of retries
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
-        "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
-        "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
-        "memory_gb": round(peak_memory(), 2),  # peak
+        "sampled_tokens_per_second": round(sampled / sampling),  # of both turns
+        "training_tokens_per_second": round(passed / training),  # a prefix counts once
+        "memory_gb": round(peak_memory(), 2),  # peak so far
         "seconds": {stage: round(n, 3) for stage, n in seconds.items()},  # by stage
     }
 
@@ -417,7 +416,7 @@ def main(argv=None) -> None:
             train(run, config, stopping)
         finally:
             if os.listdir(run) == ["config.json"]:
-                shutil.rmtree(run)  # nothing happened yet
+                shutil.rmtree(run)  # nothing has happened
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """The road on a GPU, without one: run by test_gpu_road.py in a process of its own."""
 
-import json
-from hashlib import sha256
-
 import pytest
 import torch
 from conftest import random_model
 from pretended_gpu import GPU, Forbidden, Graph
-from test_sampler import STOPS, generator, random_prompts
+from test_sampler import STOPS, three_turns
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 import eval as evaluation
 import rrr
 import train
+from config import seeded
 from extras import cuda_graphs
 from sampler import DecodingState, KVCache
+from train import read_rows
 
 
 class Strict(TorchDispatchMode):
@@ -62,15 +61,8 @@ def graphs(monkeypatch):
     return pools
 
 
-def three_turns(model):
-    cache = KVCache(model, 9, 300)
-    cache.extend(random_prompts(9, 0))
-    turns = cache.sample(20, STOPS, generator())
-    cache.extend(random_prompts(9, 1, high=9))
-    cache = cache.fork(6)
-    turns += cache.sample(40, STOPS, generator(1), temperature=0.8)
-    cache.extend([[7, 7]] * 54)
-    turns += cache.sample(30, frozenset({11}), generator(2), temperature=0)
+def ids_of_three_turns(model):
+    turns = three_turns(model, seed=0, G=6, last_temperature=0)
     return [(turn.ids, turn.stopped) for turn in turns]
 
 
@@ -84,16 +76,16 @@ def test_three_turns_by_replayed_graphs_equal_the_eager_ones(graphs):
     """Also after the weights have moved. Prevents: a tensor that a step replaces instead of
     writing to, weights that a graph keeps a copy of, a pool for each graph."""
     model, moved = random_model(), random_model()
-    expected = three_turns(model)
+    expected = ids_of_three_turns(model)
     halve(moved)
-    expected_moved = three_turns(moved)
+    expected_moved = ids_of_three_turns(moved)
     assert expected != expected_moved and not graphs
     with GPU:
         model = model.to("cuda")
         model.set_context(model.context)
-        assert three_turns(model) == expected
+        assert ids_of_three_turns(model) == expected
         halve(model)
-        assert three_turns(model) == expected_moved
+        assert ids_of_three_turns(model) == expected_moved
     state = model.graphed_state
     assert len(state.graphs) > 3
     of_this_state = graphs[-len(state.graphs) :]
@@ -112,7 +104,7 @@ def test_a_step_that_synchronises_is_refused(graphs, monkeypatch):
     with GPU, pytest.raises(Forbidden):
         model = random_model().to("cuda")
         model.set_context(model.context)
-        three_turns(model)
+        ids_of_three_turns(model)
 
 
 QUICK = "--steps 2 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 16"
@@ -133,23 +125,22 @@ def forward_only(model, reference, optimizer, batches, config, step):
     return {"loss": sum(losses), "skipped": 0}
 
 
-def on_the_cpu(model, *names):
+ON_THE_CPU = torch.nn.Linear(1, 1)
+
+
+def seeded_on_the_cpu(model, *names):
     """In place of seeded: there is no CUDA generator, and both shall draw the same."""
-    return generator(int.from_bytes(sha256(repr(names).encode()).digest()[:7]))
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return seeded(ON_THE_CPU, *names)
 
 
 def story(run):
     """What happened in a run, without times and rounding."""
     turns = []
-    for row in rows(run / "pool.jsonl") + rows(run / "episodes.jsonl"):
+    for row in read_rows(run / "pool.jsonl") + read_rows(run / "episodes.jsonl"):
         for turn in [row["attempt"], row["reflection"], *row["retries"]]:
             turns.append(turn and (turn["prompt_ids"], turn["ids"], turn["stopped"]))
         turns.append((row["reward"], row["advantage"]))
-    return turns, rows(run / "eval.jsonl")
+    return turns, read_rows(run / "eval.jsonl")
 
 
 def test_a_run_gives_what_it_gives_on_the_cpu(graphs, monkeypatch, tmp_path):
@@ -158,7 +149,7 @@ def test_a_run_gives_what_it_gives_on_the_cpu(graphs, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "update", forward_only)
     monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
     for module in (train, evaluation):
-        monkeypatch.setattr(module, "seeded", on_the_cpu)
+        monkeypatch.setattr(module, "seeded", seeded_on_the_cpu)
     train.main([*QUICK, "--device", "cpu", "--out", str(tmp_path / "cpu")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
@@ -168,6 +159,6 @@ def test_a_run_gives_what_it_gives_on_the_cpu(graphs, monkeypatch, tmp_path):
     assert story(tmp_path / "gpu") == story(tmp_path / "cpu")
     losses = {}
     for device in ("cpu", "gpu"):
-        metrics = rows(tmp_path / device / "metrics.jsonl")
+        metrics = read_rows(tmp_path / device / "metrics.jsonl")
         losses[device] = [row["loss"] for row in metrics if "loss" in row]
     assert losses["cpu"] and losses["gpu"] == pytest.approx(losses["cpu"], abs=1e-5)

@@ -3,8 +3,8 @@
     python tests/mutate.py
 
 Each change is made in a copy of the repository, where the tests of the loss, the
-sampler, the model, training and the golden logits run until one fails. Exit 1 if any
-change goes unnoticed.
+sampler, the model, the road on a GPU, training and the golden logits run until one fails.
+Exit 1 if any change goes unnoticed.
 """
 
 import re

@@ -154,11 +154,7 @@ class Machine(TorchDispatchMode):
 
     def compute(self, func, args, kwargs):
         """On the CPU; recorded, if a step is. The product with another dtype is CUDA's."""
-        to_inner = partial_tree(lambda t: t.inner if isinstance(t, Cuda) else t)
-        to_inner_device = partial_tree(on_the_cpu)
-        args, kwargs = to_inner_device(to_inner((args, kwargs)))
-        if "device" in kwargs and kwargs["device"] is not None:
-            kwargs["device"] = torch.device("cpu")
+        args, kwargs = tree_map(on_the_cpu, (args, kwargs))
         kwargs.pop("pin_memory", None)
         if func._schema.name == "aten::mm" and func._overloadname == "dtype":
             func, args, kwargs = float_product, args[:2], {}
@@ -181,13 +177,11 @@ class Machine(TorchDispatchMode):
                         self.saved[key] = t.inner.untyped_storage(), kept
 
 
-def partial_tree(function):
-    return lambda tree: tree_map(function, tree)
-
-
 def on_the_cpu(value):
-    is_cuda = isinstance(value, torch.device) and value.type == "cuda"
-    return torch.device("cpu") if is_cuda else value
+    """What an operation's argument is there: a tensor's numbers, the other device."""
+    if isinstance(value, Cuda):
+        return value.inner
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def float_product(a, b):

@@ -127,7 +127,7 @@ def test_the_road_keeps_to_its_budget():
     aim is 2,300 lines, 1,680 of code, and a median of 44; what is reached holds until
     then."""
     counts = [Count(file) for file in ROAD]
-    assert sum(c.lines for c in counts) <= 2471
+    assert sum(c.lines for c in counts) <= 2470
     code, words = sum(c.code for c in counts), sum(c.words for c in counts)
     assert code <= 1727
     assert words / (words + code) >= 0.15

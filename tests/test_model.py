@@ -449,6 +449,7 @@ def test_saved_config_contradicts_the_weights(folder, tmp_path):
     }
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert decoder.model.norm.weight.dtype == torch.bfloat16  # left as it was
 
 
 def test_save_survives_that_its_source_is_gone(folder, tmp_path):

@@ -282,17 +282,16 @@ def recorded(monkeypatch):
     return graphs
 
 
-def three_turns(seed):
-    model = random_model(seed=seed)
+def three_turns(model, seed, G=3, last_temperature=0.8):
     cache = KVCache(model, 9, 300)
     cache.extend(random_prompts(9, seed))
     turns = cache.sample(20, STOPS, generator())
     cache.extend(random_prompts(9, seed + 1, high=9))
-    cache = cache.fork(3)
+    cache = cache.fork(G)
     turns += cache.sample(40, STOPS, generator(1), temperature=0.8)
-    cache.extend([[7, 7]] * 27)
-    turns += cache.sample(30, frozenset({11}), generator(2), temperature=0.8)
-    return model, turns
+    cache.extend([[7, 7]] * (9 * G))
+    turns += cache.sample(30, frozenset({11}), generator(2), last_temperature)
+    return turns
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -301,9 +300,10 @@ def test_the_road_of_cuda_graphs_gives_the_same(seed, request):
     on the way to the shared state and back, a state too small for the next conversation,
     graphs of another temperature, stop ids of the turn before, a memory pool for each
     graph."""
-    _, plain = three_turns(seed)
+    plain = three_turns(random_model(seed=seed), seed)
     recorded = request.getfixturevalue("recorded")
-    model, by_graphs = three_turns(seed)
+    model = random_model(seed=seed)
+    by_graphs = three_turns(model, seed)
     for one, other in zip(plain, by_graphs, strict=True):
         assert one.ids == other.ids and one.stopped == other.stopped
         gap = torch.tensor(one.logps) - torch.tensor(other.logps)
