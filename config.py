@@ -1,18 +1,17 @@
 """Every option, once: each field of Config is an option, of train.py and of eval.py.
 
-`--help` prints the fields as they stand here. `defaults_for` says where a default depends
-on the model or the device. Then what both programs do first: open the model and the task.
+`--help` prints them as they stand here; `defaults_for` has what depends on model or device.
 """
 
 import argparse
 import difflib
 import inspect
-import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
+from math import ceil, inf, nan
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -23,10 +22,10 @@ from rrr import TRAINED_TURNS
 from tasks import get_task
 
 # Numbers with their ranges: type, lowest, highest.
-AtLeast0 = Annotated[int, 0, math.inf]
-AtLeast1 = Annotated[int, 1, math.inf]
-AtLeast2 = Annotated[int, 2, math.inf]
-NotNegative = Annotated[float, 0.0, math.inf]
+AtLeast0 = Annotated[int, 0, inf]
+AtLeast1 = Annotated[int, 1, inf]
+AtLeast2 = Annotated[int, 2, inf]
+NotNegative = Annotated[float, 0.0, inf]
 Share = Annotated[float, 0.0, 1.0]
 
 
@@ -82,8 +81,7 @@ class Config:
 
 
 def defaults_for(config: Config) -> dict:
-    """Other defaults than those above: of a run, of tiny, of real models on either device.
-    config.device is resolved."""
+    """What differs from the defaults above. config.device is resolved."""
     stored = read_json(Path(config.model) / "config.json", optional=True)
     if "reflection_tokens" in stored:  # a run: what it was trained with
         names = {field.name for field in fields(Config)} & stored.keys()
@@ -106,8 +104,7 @@ def defaults_for(config: Config) -> dict:
 
 # ---- the command line ----
 def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[str]]:
-    """The options, and the names of those given on the command line. UserError, by name,
-    for unknown options and for values of another kind or range."""
+    """The options, and the names of those given. UserError names one that is wrong."""
     parser = argparse.ArgumentParser(
         program,
         usage=f"python {program} [--option value]",
@@ -116,14 +113,13 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    flags = []
-    for field in fields(Config):
-        flags.append(f"--{field.name}")
+    options = {f"--{field.name}": field for field in fields(Config)}
+    for flag, field in options.items():
         read = partial(convert, field)
-        parser.add_argument(flags[-1], type=read, help=argparse.SUPPRESS)
+        parser.add_argument(flag, type=read, help=argparse.SUPPRESS)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], flags, 1) or ["--help"]
+        nearest = difflib.get_close_matches(unknown[0], options, 1) or ["--help"]
         raise UserError(f"there is no option {unknown[0]}; did you mean {nearest[0]}?")
     given = vars(given)
 
@@ -144,11 +140,10 @@ def convert(field, text: str):
         try:
             value = number(text)
         except ValueError:
-            value = math.nan
-        what = "a whole number" if number is int else "a number"
-        limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-        right = low <= value <= high and value < math.inf
-        check(right, f"--{field.name} must be {what} {limits}, found '{text}'.")
+            value = nan
+        kind = "a whole number" if number is int else "a number"
+        fits = low <= value <= high and value < inf
+        check(fits, f"--{field.name} must be {kind} from {low} to {high}, found '{text}'.")
         return value
     choices = ["true", "false"] if field.type is bool else get_args(field.type)
     wanted = " or ".join(choices)
@@ -156,7 +151,7 @@ def convert(field, text: str):
     return text == "true" if field.type is bool else text
 
 
-def resolve_auto(options) -> None:
+def resolve_auto(options):
     """Takes a GPU where there is one, bfloat16 there and on CPUs that are fast in it."""
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,22 +164,22 @@ def resolve_auto(options) -> None:
 def open_model(config: Config):
     """(model, chat, task) as the options ask for; prints what was chosen."""
     task = get_task(config.task, config.data, config.difficulty)
+    check(task.problems("test", 1, 0), "the data is too small: none is left to test on.")
     if config.dtype == "bfloat16":
-        # The head multiplies bfloat16 factors at float32 precision: "medium" keeps that
-        # exact and lets a processor use its bfloat16 units.
+        # Fast, and exact: what is multiplied in float32 are bfloat16 factors.
         torch.set_float32_matmul_precision("medium")
     dtype = getattr(torch, config.dtype)
     model, chat = load(config.model, config.device, dtype, config.context)
-    if config.device == "cpu":
-        try:  # samples faster, and is no part of the method
-            from extras.fast_cpu import pack
-        except ImportError:
-            pass
-        else:
-            pack(model)
+    try:  # faster sampling, which is no part of the method
+        from extras import cuda_graphs, fast_cpu
+    except ImportError:
+        pass
+    else:
+        speed_up = fast_cpu.pack if config.device == "cpu" else cuda_graphs.sample_by_graphs
+        speed_up(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     where = f"{config.dtype} on {config.device}"
-    print(f"{config.model}: {millions:,.1f} M parameters, {where}; {config.task}")
+    print(f"{config.model}: {millions:,.1f} M parameters, {where}")
     return model, chat, task
 
 
@@ -196,27 +191,20 @@ def plain_errors(program: str):
     except UserError as error:
         sys.exit(f"{program}: {error}")
     except torch.OutOfMemoryError:
-        hint = "lower --sample_rows, --micro_batch_tokens or the --*_tokens limits"
-        sys.exit(f"{program}: out of GPU memory: {hint}.")
+        sys.exit(
+            f"{program}: out of GPU memory: lower --sample_rows, --micro_batch_tokens."
+        )
     except KeyboardInterrupt:
-        sys.exit(f"{program}: stopped at once; what was saved before is untouched.")
+        sys.exit(f"{program}: stopped. A run that was begun goes on with --resume.")
 
 
-def held_out(task, config: Config) -> list[dict]:
-    """The test problems: the same for every seed, so that runs are compared on one set."""
-    problems = task.problems("test", config.eval_n, 0)
-    check(problems, "the data is too small: none is left to test on (one in five is).")
-    return problems
-
-
-def seeded(model, *names) -> torch.Generator:
-    """A generator whose seed is a function of `names` alone. The draws of a step then do
-    not depend on the steps before it, and a resumed run needs no stored state."""
+def seeded(model, *names):
+    """A generator seeded by `names` alone: to resume a run, no state need be stored."""
     seed = int.from_bytes(sha256(repr(names).encode()).digest()[:7])
     return torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
 
-def chunks(items: list, size: int) -> list[list]:
+def chunks(items: list, size: int):
     """Parts of at most `size` items and of about equal length."""
-    n, parts = len(items), math.ceil(len(items) / size)
+    n, parts = len(items), ceil(len(items) / size)
     return [items[n * i // parts : n * (i + 1) // parts] for i in range(parts)]

@@ -1,8 +1,8 @@
 """First and second tries of a model.  python eval.py --task countdown --model NAME_OR_RUN
 
 Answers each problem once; where that fails, reflects and tries again. "Second try" counts
-problems solved by either. The controls show whether it is the reflection that helps: from
-the same failed attempts, a retry without one, with a fixed one, with another problem's.
+problems solved by either. The controls, from the same failed attempts: a retry without a
+reflection, with a fixed one, with another problem's.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from config import chunks, held_out, open_model, parse, plain_errors, seeded
+from config import chunks, open_model, parse, plain_errors, seeded
 from model import explain
 from rrr import Episode, Rollout
 
@@ -34,13 +34,13 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=False):
             if controls:
                 mended_by.update(try_controls(rollout, failures, cache, tries, generator))
         episodes += attempts
-    return make_report(episodes, mended_by), episodes
+    return make_report(rollout.task, episodes, mended_by), episodes
 
 
 def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[str, int]:
-    """How many of the failures a retry mends without a reflection or behind another one.
-    cache: the failures' rows; tries: the same failures with their own reflections."""
+    """How many failures (rows of cache) a retry mends without the reflection of `tries`."""
     generic = rollout.chat.encode(rollout.task.generic_reflection)
+    generic = generic[: rollout.config.reflection_tokens]
     own = [episode.reflection.ids for episode in tries]
     controls = {
         "no reflection": None,
@@ -62,19 +62,21 @@ def is_mended(episode: Episode) -> bool:
     return bool(episode.retry_verdicts) and episode.retry_verdicts[0]["ok"]
 
 
-def make_report(episodes: list[Episode], mended_by: dict[str, int]) -> dict:
+def make_report(task, episodes: list[Episode], mended_by: dict[str, int]) -> dict:
     """Shares of all problems, with intervals; errors as counts."""
+    errors = dict.fromkeys(task.errors, 0)
     n, failed = len(episodes), [e for e in episodes if not e.attempt_verdict["ok"]]
     unmended = [e for e in failed if not is_mended(e)]
     first, mended = n - len(failed), len(failed) - len(unmended)
     attempts, reflections = [e.attempt for e in episodes], [e.reflection for e in failed]
     retries = [e.retries[0] for e in failed]
     return {
+        "problems": n,
         "first_try": interval(first, n),
         "second_try": interval(first + mended, n),
         "retry_success": interval(mended, len(failed)),
-        "first_errors": Counter(e.attempt_verdict["error"] for e in failed),
-        "second_errors": Counter(e.retry_verdicts[0]["error"] for e in unmended),
+        "first_errors": errors | Counter(e.attempt_verdict["error"] for e in failed),
+        "second_errors": errors | Counter(e.retry_verdicts[0]["error"] for e in unmended),
         "reflection_tokens": mean_length(reflections),
         "truncated": {
             "attempt": share_cut(attempts),
@@ -101,7 +103,6 @@ def mean_length(turns: list) -> float:
 
 
 def share_cut(turns: list) -> float:
-    """The share of turns that their cap cut."""
     return sum(not turn.stopped for turn in turns) / max(1, len(turns))
 
 
@@ -113,56 +114,45 @@ def percent(share: dict | None) -> str:
     return f"{rate:5.1f}% ({low:.1f} to {high:.1f})"
 
 
-def table(reports: dict[str, dict], errors: list[str]) -> str:
-    """Reports side by side; shares with 95% intervals, errors as shares of all problems."""
-    columns = [column(report, errors) for report in reports.values()]
-    heads = "".join(f"{name:24}" for name in reports)
-    lines = [" " * 36 + heads.rstrip()]
+def table(reports: dict[str, dict]) -> str:
+    """Reports side by side: shares with 95% intervals, errors as counts."""
+    columns = [dict(cells(report)) for report in reports.values()]
+    lines = [" " * 36 + "".join(f"{name:24}" for name in reports)]
     for label in columns[0]:
-        values = "".join(f"{values[label]:24}" for values in columns)
-        lines.append(f"{label:36}{values}".rstrip())
-    return "\n".join(lines)
+        values = "".join(f"{column[label]:24}" for column in columns)
+        lines.append(f"{label:36}{values}")
+    return "\n".join(map(str.rstrip, lines))
 
 
-def column(report: dict, errors: list[str]) -> dict[str, str]:
-    n = report["first_try"]["n"]
-    cells = {
-        "problems": str(n),
-        "first try": percent(report["first_try"]),
-        "second try": percent(report["second_try"]),
-        "retry success": percent(report["retry_success"]),
-    }
-    for name, share in report["controls"].items():
-        cells[f"  second try, {name}"] = percent(share)
-    for which in ("first", "second"):
-        for error in errors:
-            share = report[f"{which}_errors"].get(error, 0) / n
-            cells[f"  {which} try: {error}"] = f"{100 * share:5.1f}%"
-    cells["reflection tokens"] = f"{report['reflection_tokens']:5.1f}"
-    cut = report["truncated"]
-    for turn, share in cut.items():
-        cells[f"  {turn} cut at its cap"] = f"{100 * share:5.1f}%"
-    return cells
+def cells(report: dict, prefix: str = ""):
+    """(label, text) of each figure in a report."""
+    for name, value in report.items():
+        label = prefix + name.replace("_", " ")
+        if isinstance(value, dict) and "rate" not in value:
+            yield from cells(value, f"  {label}: ")
+        else:
+            is_number = isinstance(value, int | float)
+            yield label, f"{value:5.4g}" if is_number else percent(value)
 
 
-def main(argv=None) -> None:
+def main(argv=None):
     with plain_errors("eval.py"):
         config, _ = parse(sys.argv[1:] if argv is None else argv, __doc__, "eval.py")
         model, chat, task = open_model(config)
-        rollout, problems = Rollout(model, chat, task, config), held_out(task, config)
+        rollout = Rollout(model, chat, task, config)
+        problems = task.problems("test", config.eval_n, 0)  # the same for every seed
         report, episodes = evaluate(rollout, problems, config.seed, controls=True)
 
         folder = Path(config.model)
-        if not (folder / "metrics.jsonl").exists():  # no run, into which I could write
-            folder = Path(f"eval-{folder.name}")
-        out = Path(config.out or folder)
-        content = {"config": asdict(config), "errors": task.errors, "report": report}
+        is_run = (folder / "metrics.jsonl").exists()
+        out = Path(config.out or (folder if is_run else f"eval-{folder.name}"))
+        content = {"config": asdict(config), "report": report}
         lines = [json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in episodes]
         with explain(f"the evaluation cannot be written to {out}", OSError):
             out.mkdir(parents=True, exist_ok=True)
             (out / "eval.json").write_text(json.dumps(content, indent=2) + "\n")
             (out / "eval_episodes.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(table({config.model: report}, task.errors))
+        print(table({config.model: report}))
         print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
 
 

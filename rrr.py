@@ -1,5 +1,4 @@
-"""Reflect, Retry, Reward: the method of arXiv 2505.24726, from a failed attempt to a
-gradient.
+"""Reflect, Retry, Reward (arXiv 2505.24726): from a failed attempt to a gradient.
 
     prompt -> attempt -> verify --yes--> done (nothing to learn from)
                            |no
@@ -7,21 +6,12 @@ gradient.
           "you failed; reflect" -> REFLECTION -> "try again" -> retry -> verify -> reward
                                    ^^^^^^^^^^ the only trained tokens
 
-Each failure gets G reflections, and each reflection a retry. A reflection whose retry
-succeeds, where its siblings' fail, becomes more likely. The method comes first, on one
-screen, then its parts in the same order. Optimizer, log and files are in train.py.
+A reflection whose retry succeeds, where its siblings' fail, becomes more likely. The method
+comes first, on one screen, then its parts in order. Optimizer and log are in train.py.
 
-Where this differs from the paper, or the paper is silent:
- 1. Group size, caps, temperature, clip range and the prompts' words are ours.
- 2. A failure's prefix (prompt, attempt, instruction) runs once per group in the training
-    pass, not once per reflection. The result is the same (tests/test_loss.py).
- 3. Groups whose rewards are all equal have no policy gradient; they are left out of the
-    training pass, and their KL term with them.
- 4. `retries_per_reflection` > 1 makes the reward the mean of several retries (paper: 1).
- 5. With one update a batch the ratio is exactly 1: its denominator is the trainer's own
-    log-prob, not the sampler's, whose rounding differs.
- 6. TRL 1.16 divides by the unbiased deviation, counts groups without signal in its
-    denominators, and multiplies KL by the ratio (tests/test_witness_trl.py).
+Where the paper is silent (group size, caps, temperature, clip range, instructions) the
+choice is ours. Groups whose rewards are all equal have no policy gradient: they are left
+out, with their KL term. (TRL counts them in its denominators: tests/test_witness_trl.py.)
 """
 
 from collections import defaultdict
@@ -35,14 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from model import Chat, Decoder, attention, check
-from sampler import KVCache
+from sampler import KVCache, Sampled
 
 
 # ---- 1. the method on one screen ----
 def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
     """Each failure gets G reflections, and each reflection R retries. A reflection's reward
-    is the share of its retries that succeed; its advantage is the reward minus its group's
-    mean, divided by the group's deviation."""
+    is the share of its retries that succeed; siblings are compared with one another."""
     G, R = config.group_size, config.retries_per_reflection
     episodes, cache = rollout.reflect(failures, cache, G, generator)
     episodes, cache = rollout.retry(episodes, cache, R, generator)
@@ -51,11 +40,10 @@ def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
 
 
 def backward(model, batches, old_logps, ref_logps, config) -> dict[str, float]:
-    """Adds the loss's gradient to the weights and returns metrics.
-
-    old_logps: (N, T) for each micro-batch, the trainer's own from before the first update.
-    None with one update a batch: then this pass's logps, detached, take their place, and
-    the ratio is exactly 1. ref_logps: the reference model's, or None."""
+    """Adds the loss's gradient to the weights and returns metrics. old_logps: (N, T) for
+    each micro-batch, the trainer's own from before the first update; not the sampler's,
+    whose rounding differs. None with one update a batch: then this pass's logps, detached,
+    take their place, and the ratio is exactly 1. ref_logps: the reference's, or None."""
     metrics = defaultdict(float)
     trained_tokens = sum(int(batch.mask.sum()) for batch in batches)
     for i, batch in enumerate(batches):
@@ -78,73 +66,52 @@ def backward(model, batches, old_logps, ref_logps, config) -> dict[str, float]:
 
 # ---- 2. the data ----
 @dataclass
-class Turn:
-    """prompt_ids + ids, turn after turn, is the conversation as the model saw it, id for
-    id; `text` is for verifiers and eyes."""
+class Turn(Sampled):
+    """A sampled turn (ids, logps, stopped) with what the model read before it. prompt_ids +
+    ids, turn after turn, is the conversation as the model saw it."""
 
-    prompt_ids: list[int]  # read before it: the prompt, or the glue (Chat.glue)
-    ids: list[int]  # the sampled ids, the stop token included
-    logps: list[float]  # of ids, at the sampling temperature, as the sampler saw them
-    text: str
-    stopped: bool  # False: cut at the cap
+    prompt_ids: list[int]  # the prompt, or glue
+    text: str  # of ids, for verifiers and eyes
 
 
 @dataclass
 class Episode:
-    """One problem from its first attempt to its advantage. Each stage fills the next
-    fields and overwrites none."""
+    """One problem from attempt to advantage: each stage fills the next fields."""
 
     problem: dict
-    group: int  # episodes of one group share the failed attempt
+    group: int  # siblings share the attempt
     attempt: Turn
-    attempt_verdict: dict  # {"ok", "error", "detail"}: tasks.Verdict
+    attempt_verdict: dict  # a tasks.Verdict
     reflection: Turn | None = None
     retries: list[Turn] = field(default_factory=list)
     retry_verdicts: list[dict] = field(default_factory=list)
-    reward: float | None = None  # the share of retries that succeeded
+    reward: float | None = None  # successes / R
     advantage: float | None = None
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "Episode":
-        """The reverse of dataclasses.asdict, for what was kept as JSON."""
-        data = dict(data)
-        data["attempt"] = Turn(**data["attempt"])
-        if data["reflection"]:
-            data["reflection"] = Turn(**data["reflection"])
-        data["retries"] = [Turn(**turn) for turn in data["retries"]]
-        return cls(**data)
 
 
 # ---- 3. three stages: attempt, reflect, retry ----
 class Rollout:
     """The turns of an episode, for one model and one task. Each stage returns episodes and
-    the KV cache that holds their conversations, one a row. It only grows: no token is run
-    twice. Glue is what the chat template writes between a sampled turn and the next: end
-    of turn, the user's instruction, the assistant's header."""
+    the KV cache that holds their conversations, one a row. Glue is what the chat template
+    writes between two sampled turns: end of turn, instruction, the assistant's header."""
 
     def __init__(self, model: Decoder, chat: Chat, task, config):
         self.model, self.chat, self.task, self.config = model, chat, task, config
-        # Tokens that a conversation may need behind the attempt. The generic reflection,
-        # one of eval.py's controls, may be longer than the cap.
-        generic = len(chat.encode(task.generic_reflection))
-        self.room = max(config.reflection_tokens, generic) + config.retry_tokens
+        self.room = config.reflection_tokens + config.retry_tokens  # behind the attempt
         self.room += len(chat.glue(task.reflect)) + len(chat.glue(task.retry))
 
-    def prompt(self, problem: dict) -> list[int]:
+    def prompt(self, problem) -> list[int]:
         """Its prompt's ids. UserError where a conversation could overrun the context."""
         tools = self.task.tools(problem) if self.chat.native_tools else None
         messages = self.task.messages(problem, native_tools=tools is not None)
         ids = self.chat.prompt(messages, tools)
-        room = self.config.attempt_tokens + self.room
-        context = self.model.context
-        found = f"{problem['key'][:60]} has a prompt of {len(ids)} tokens,"
-        found += f" turns up to {room}; the context holds {context}"
-        hint = "--attempt_tokens, --reflection_tokens, --retry_tokens"
-        fits = len(ids) + room <= context
-        check(fits, f"{found}: raise --context, or lower {hint}.")
+        longest = len(ids) + self.config.attempt_tokens + self.room
+        found = f"{problem['key'][:60]} may take {longest} tokens"
+        hint = f"raise --context ({self.model.context}) or lower the caps, --*_tokens"
+        check(longest <= self.model.context, f"{found}: {hint}.")
         return ids
 
-    def attempt(self, problems: list[dict], generator):
+    def attempt(self, problems, generator):
         """First answers to the problems, verified; problem i begins group i."""
         prompts = [self.prompt(problem) for problem in problems]
         cap = self.config.attempt_tokens
@@ -161,13 +128,13 @@ class Rollout:
         glue = [self.chat.glue(self.task.reflect, e.attempt.ids[-1]) for e in failures]
         cache.extend(glue)
         cache = cache.fork(G)
-        failures, glue = repeat(failures, G), repeat(glue, G)
+        failures = repeat(failures, G)
+        glue = repeat(glue, G)
         turns = self.write(cache, glue, self.config.reflection_tokens, generator)
         return [replace(e, reflection=turn) for e, turn in zip(failures, turns)], cache
 
     def retry(self, episodes: list[Episode], cache: KVCache, R: int, generator):
-        """R retries behind each reflection (or, a control, behind the attempt),
-        verified."""
+        """R retries behind each reflection (or, as a control, attempt), verified."""
         last_turns = [e.reflection or e.attempt for e in episodes]
         glue = [self.chat.glue(self.task.retry, turn.ids[-1]) for turn in last_turns]
         cache.extend(glue)
@@ -188,7 +155,7 @@ class Rollout:
         episodes, pieces = [], []
         for e, ids in zip(failures, reflections):
             glue = self.chat.glue(self.task.reflect, e.attempt.ids[-1])
-            turn = Turn(glue, ids, [], self.chat.decode(ids), True)
+            turn = Turn(ids, [], True, glue, self.chat.decode(ids))
             episodes.append(replace(e, reflection=turn))
             pieces.append(glue + ids)
         cache.extend(pieces)
@@ -196,7 +163,7 @@ class Rollout:
 
     def read(self, conversations: list[list[int]], room: int) -> KVCache:
         """A new cache that holds these ids, with room for so many more in each row."""
-        longest = max(len(ids) for ids in conversations)
+        longest = max(map(len, conversations))
         cache = KVCache(self.model, len(conversations), longest + room)
         cache.extend(conversations)
         return cache
@@ -207,10 +174,10 @@ class Rollout:
         turns = []
         for i, s in enumerate(cache.sample(max_tokens, stop_ids, generator, temperature)):
             text = self.chat.decode(s.ids)
-            turns.append(Turn(prompts[i], s.ids, s.logps, text, s.stopped))
+            turns.append(Turn(s.ids, s.logps, s.stopped, prompts[i], text))
         return turns
 
-    def verify(self, problem: dict, turn: Turn) -> dict:
+    def verify(self, problem, turn) -> dict:
         return asdict(self.task.verify(problem, turn.text))
 
 
@@ -220,7 +187,7 @@ def repeat(items: list, n: int) -> list:
 
 
 # ---- 4. the reward becomes an advantage ----
-def assign_advantages(episodes: list[Episode], scale: bool = True) -> None:
+def assign_advantages(episodes: list[Episode], scale: bool = True):
     """A_i = (r_i - mean r) / (std r + 1e-4) within each group (std over the group,
     unbiased=False); scale=False leaves the division out (Dr. GRPO, arXiv 2503.20783)."""
     for group in by_group(episodes):
@@ -246,8 +213,8 @@ TRAINED_TURNS = {"reflection": (1,), "reflection+retry": (1, 2), "everything": (
 
 def ids_and_mask(episode: Episode, train_on: str = "reflection"):
     """The conversation up to its last trained turn: ids, mask (is it trained?), and the
-    sampler's logps. Made together, here and nowhere else: they cannot drift apart. A stop
-    token is trained if it was sampled; a turn that was cut at its cap has none."""
+    sampler's logps, made together so that they cannot drift apart. A stop token is trained
+    if it was sampled; a turn that was cut at its cap has none."""
     trained_turns = TRAINED_TURNS[train_on]
     # Retries are trained only where there is one (train.py checks that).
     turns = [episode.attempt, episode.reflection, *episode.retries[:1]]
@@ -264,10 +231,10 @@ def ids_and_mask(episode: Episode, train_on: str = "reflection"):
 
 @dataclass
 class Batch:
-    """N groups, one a row: what the siblings share, then what each has of its own. Segment
-    0 is the shared prefix without its last id. That id opens each episode's segment 1..G,
-    since it predicts the episode's first own id. -1 is padding. `targets` are already
-    shifted: the ids that come next. For a prefix "a b c", reflections "x y." and "z.":
+    """N groups, one a row: the prefix that siblings share, run once, then what each has of
+    its own. Segment 0 is the prefix without its last id: that opens each episode's segment
+    1..G, since it predicts the first own id. -1 is padding. `targets` are already shifted:
+    the ids that come next. For a prefix "a b c", reflections "x y." and "z.":
 
         ids        a b   c x y   c z
         segments   0 0   1 1 1   2 2
@@ -280,22 +247,17 @@ class Batch:
     segments: Tensor  # (N, T) int64
     positions: Tensor  # (N, T) int64
     targets: Tensor  # (N, T) int64
-    mask: Tensor  # (N, T) bool: the trained tokens are exactly these
+    mask: Tensor  # (N, T) bool: trained tokens
     weights: Tensor  # (N, T) float32: 1 / denominator where the mask is 1, else 0
-    sampled_logps: Tensor  # (N, T) float32: the sampler's, for the metrics alone
+    sampled_logps: Tensor  # (N, T) float32
     advantages: Tensor  # (N, T) float32
-
-    def to(self, device) -> "Batch":
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def make_batches(episodes: list[Episode], config) -> list[Batch]:
-    """Episodes with advantages -> micro-batches of whole groups, of micro_batch_tokens at
-    most, padding included (a single group may be larger). Groups without signal, whose
-    rewards are all equal, are left out."""
+    """Episodes with advantages -> micro-batches of whole groups with signal. Each has at
+    most micro_batch_tokens, padding included, or a single group."""
     groups = [group for group in by_group(episodes) if has_signal(group)]
-    # The loss's denominator is counted here, once, over the whole batch: how that is cut
-    # into micro-batches must not change the gradient.
+    # The denominator is counted once: how I cut the batch must not change the gradient.
     tokens, kept = 0, sum(groups, [])
     for episode in kept:
         _, mask, _ = ids_and_mask(episode, config.train_on)
@@ -306,21 +268,25 @@ def make_batches(episodes: list[Episode], config) -> list[Batch]:
     batches = []
     while rows:
         N = max(1, config.micro_batch_tokens // len(rows[0]["ids"]))
-        batches.append(make_batch(rows[:N]))
+        tensors = {}
+        for name in rows[0]:
+            values = [torch.tensor(row[name], device=config.device) for row in rows[:N]]
+            padding = -1 if name == "segments" else 0
+            tensors[name] = pad_sequence(values, batch_first=True, padding_value=padding)
+        batches.append(Batch(**tensors))
         rows = rows[N:]
     return batches
 
 
-def has_signal(group: list[Episode]) -> bool:
+def has_signal(group: list[Episode]):
     return len({episode.reward for episode in group}) > 1
 
 
 def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
-    """What the loss of one episode's tokens is divided by.
-        token      tokens, the trained ones of all episodes
-        sequence   the episode's own trained tokens, times episodes (GRPO)
-        constant   the cap of a reflection, times episodes (Dr. GRPO)
-    tokens and episodes are counted over the whole batch."""
+    """What an episode's loss is divided by; tokens and episodes are the whole batch's.
+    token      tokens, the trained ones of all episodes
+    sequence   the episode's own trained tokens, times episodes (GRPO)
+    constant   the cap of a reflection, times episodes (Dr. GRPO)"""
     if config.loss_norm == "token":
         return tokens
     if config.loss_norm == "sequence":
@@ -331,7 +297,7 @@ def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
 def make_row(group: list[Episode], tokens: int, episodes: int, config) -> dict[str, list]:
     """A group's row, by the names of Batch: the prefix, then what each episode adds."""
     ids, mask, _ = ids_and_mask(group[0], config.train_on)
-    P = mask.index(True) - 1  # where the prefix's last id stands
+    P = mask.index(True) - 1  # prefix's last id
     row = {"ids": ids[:P], "segments": [0] * P, "positions": list(range(P))}
     row["mask"] = [False] * P
     for name in ("targets", "weights", "sampled_logps", "advantages"):
@@ -350,16 +316,6 @@ def make_row(group: list[Episode], tokens: int, episodes: int, config) -> dict[s
         row["sampled_logps"] += logps
         row["advantages"] += [episode.advantage] * n
     return row
-
-
-def make_batch(rows: list[dict[str, list]]) -> Batch:
-    """Rows -> tensors (N, T), padded on the right."""
-    tensors = {}
-    for name in rows[0]:
-        values = [torch.tensor(row[name]) for row in rows]
-        padding = -1 if name == "segments" else 0
-        tensors[name] = pad_sequence(values, batch_first=True, padding_value=padding)
-    return Batch(**tensors)
 
 
 # ---- 6. the training pass ----
@@ -408,9 +364,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, batch,
         L    = sum of weights * (L_pg + kl_beta * kl)
 
     Returns the loss and, per token, the KL estimate and whether the clip is active. On the
-    first update rho is 1, and the value of L_pg is minus the weighted sum of advantages,
-    whatever the model has learnt (0 with loss_norm sequence). Its gradient is what counts.
-    """
+    first update rho is 1, and L_pg minus the weighted sum of advantages, whatever the model
+    has learnt: its gradient is what counts."""
     A = batch.advantages
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -1,15 +1,9 @@
 """Batched sampling on one growing KV cache: extend (read), sample (write), fork, select.
 
-A conversation is one list of ids that only grows: prompt, answer, instruction, answer. Its
-keys and values stay in the cache, so that no token is ever run twice. Each row has its own
-length: its keys lie at positions 0 to length - 1 without holes, and a query at position p
-sees the keys at positions <= p. There is no left padding. Right padding and rows that have
-finished write keys beyond their length: nobody sees those, and the next piece overwrites
-them.
-
-Where the speed comes from: many rows share each reading of the weights; keys are attended
-to up to a bucketed length, not the capacity; rows that finish leave the batch; a decoding
-step is a fixed program on fixed tensors, which a GPU can replay as a CUDA graph.
+A conversation is one list of ids that only grows, and no token is run twice. Each row has
+its own length: its keys lie at positions 0 to length - 1 without holes, and a query at
+position p sees the keys at positions <= p. Right padding and rows that have finished write
+keys beyond their length: nobody sees those, and the next piece overwrites them.
 """
 
 from copy import copy
@@ -21,58 +15,53 @@ from tqdm import tqdm
 
 from model import Decoder, check
 
-# Tokens (padding included) of one forward pass in `extend`: on a CPU few, so that what
-# passes from layer to layer stays within its cache.
+# Tokens (padding included) of one pass in `extend`: on a CPU few, to stay in its cache.
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Decoding attends to the longest row, rounded up to a multiple of this.
 BUCKET = {"cpu": 32, "cuda": 256}
-# A GPU should not wait for Python: I look only every few steps whether rows have finished,
-# and keep to batches of a multiple of 32 rows, so that few graphs serve all.
+# A GPU should not wait for Python: I seldom look whether rows have finished, and keep to
+# batches of a multiple of 32 rows, so that few graphs serve all.
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 ROWS_BY = {"cpu": 1, "cuda": 32}
 
 
 @dataclass
 class Sampled:
-    """One turn. `ids` ends with the stop token, if one came; `logps` are the log-probs of
-    `ids` under softmax(logits / temperature); `stopped` is False where the cap cut it."""
+    """One turn of one row."""
 
-    ids: list[int]
-    logps: list[float]
-    stopped: bool
+    ids: list[int]  # with its stop token
+    logps: list[float]  # at the temperature
+    stopped: bool  # False: cut at the cap
 
 
 class KVCache:
-    """Keys and values of B growing conversations, up to `capacity` tokens a row.
-    Methods take and return rows in the caller's order."""
+    """Keys and values of B conversations, up to `capacity` tokens each, in their order."""
 
     def __init__(self, model: Decoder, rows: int, capacity: int):
         config, weight = model.config, model.model.embed_tokens.weight
         KV, D = config.num_key_value_heads, config.head_dim
         self.model, self.device = model, weight.device
         self.capacity = min(capacity, model.context)
-        self.keys, self.values = [], []  # by layer: (B, KV, S, D)
-        for _ in range(config.num_hidden_layers):
-            self.keys.append(weight.new_zeros(rows, KV, 0, D))
-            self.values.append(weight.new_zeros(rows, KV, 0, D))
+        empty = weight.new_zeros(rows, KV, 0, D)  # (B, KV, S, D)
+        self.keys = [empty] * config.num_hidden_layers
+        self.values = [empty] * config.num_hidden_layers
         self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)  # (B,)
         self.hidden = weight.new_zeros(rows, config.hidden_size)  # (B, C) of the last token
         # The id that a row sampled last has no keys yet: the next `extend` runs it.
         self.unread = [[] for _ in range(rows)]
 
     @torch.inference_mode()
-    def extend(self, pieces: list[list[int]]) -> None:
-        """Each row reads its piece of ids (ragged), behind what it holds already. UserError
-        where one becomes longer than the capacity or the model's context."""
+    def extend(self, pieces: list[list[int]]):
+        """Each row reads its piece (ragged), behind what it holds. UserError: no room."""
         pieces = [last + piece for last, piece in zip(self.unread, pieces, strict=True)]
         self.unread = [[] for _ in pieces]
-        longest = max(len(piece) for piece in pieces)
+        longest = max(map(len, pieces))
         self._check_room(longest)
         rows = max(1, PREFILL_TOKENS[self.device.type] // longest)
         for start in range(0, len(pieces), rows):
             self._extend(slice(start, start + rows), pieces[start : start + rows])
 
-    def _extend(self, rows: slice, pieces: list[list[int]]) -> None:
+    def _extend(self, rows: slice, pieces: list[list[int]]):
         """Some rows read their pieces in one pass, padded on the right."""
         sizes = torch.tensor([len(piece) for piece in pieces], device=self.device)  # (b,)
         T = int(sizes.max())
@@ -90,18 +79,17 @@ class KVCache:
         self, max_tokens: int, stop_ids: frozenset[int], generator, temperature: float = 1.0
     ) -> list[Sampled]:
         """Each row writes a turn, until a stop id or max_tokens. Temperature 0 is greedy.
-
-        All randomness is drawn at the start, one uniform number for each row and step: what
-        a row gets does not depend on when its neighbours finish. UserError: see `extend`.
-        """
+        All randomness is drawn at the start, a uniform number for each row and step: what a
+        row gets does not depend on when others finish. UserError: see `extend`."""
         self._check_room(max_tokens)
         B = n = len(self.unread)  # n: the working batch, which rows leave as they finish
         uniform = torch.rand(B, max_tokens, generator=generator, device=generator.device)
-        state = decoding_state(self, max_tokens)
+        # On a GPU extras/cuda_graphs.py gives the model one that records and replays.
+        new_state = getattr(self.model, "decoding_state", DecodingState)
+        state = new_state(self, max_tokens)
         state.begin(uniform, stop_ids, temperature)
         longest = int(self.lengths.max())
-        bar = tqdm(range(max_tokens), f"{B} rows", unit="token", leave=False, disable=None)
-        for t in bar:
+        for t in tqdm(range(max_tokens), f"{B} rows", leave=False, disable=None):
             if t == 0:
                 state.draw(n)
             else:
@@ -116,7 +104,6 @@ class KVCache:
                 state.move_finished_back(n, n_alive)
                 n = min(n, round_up(n_alive, ROWS_BY[self.device.type]))
                 longest = int(state.cache.lengths[:n_alive].max())
-        bar.close()
         state.end()
 
         turns, alive = [], state.alive.tolist()
@@ -126,7 +113,7 @@ class KVCache:
             self.unread[row] = ids[-1:]
         return turns
 
-    def select(self, rows: list[int]) -> "KVCache":
+    def select(self, rows: list[int]):
         """A copy that holds these rows, in this order; a row may come more than once."""
         new, index = copy(self), torch.tensor(rows, device=self.device)
         new.lengths, new.hidden = self.lengths[index], self.hidden[index]
@@ -139,16 +126,18 @@ class KVCache:
         """Every row G times, side by side: row b becomes rows b*G .. b*G+G-1."""
         return self.select([row for row in range(len(self.unread)) for _ in range(G)])
 
-    def _check_room(self, more: int) -> None:
-        longest, room = int(self.lengths.max()), f"there is room for {self.capacity}"
-        words = f"a conversation of {longest} tokens cannot take {more} more: {room}."
-        check(longest + more <= self.capacity, words)
+    def _check_room(self, more: int):
+        n, room = int(self.lengths.max()) + more, self.capacity
+        check(
+            n <= room,
+            f"there is no room for {n} tokens in a conversation, only for {room}.",
+        )
 
     def grow(self, longest: int) -> int:
         """Makes room for `longest` tokens a row. Returns S, how many keys to attend to: so
         many, in whole buckets; on a CPU all there are (it would copy a part first)."""
         bucket, old = BUCKET[self.device.type], self.keys[0].shape[2]
-        if longest > old:  # by half at least, since all is copied
+        if longest > old:  # by half: all is copied
             S = round_up(max(longest, min(3 * old // 2, self.capacity)), bucket)
             for tensors in (self.keys, self.values):
                 for i, tensor in enumerate(tensors):
@@ -187,13 +176,10 @@ class KVCache:
 
 
 class DecodingState:
-    """All that the steps of one turn read and write: the cache, and what each row has
-    drawn. `cache` is the caller's own; under CUDA graphs a copy, which `end` copies back.
-
-    A step is a fixed program on these tensors: it replaces none of them, keeps nothing for
-    later and asks the GPU nothing, so that it can be recorded. Rows that finish move behind
-    the others, which makes the working batch a plain slice, the first n places; `rows`
-    remembers which row stands at each place, and `end` puts all of them back."""
+    """All that the steps of one turn read and write. A step is a fixed program: it replaces
+    no tensor and asks the GPU nothing, so that it can be recorded. Rows that finish move
+    behind the others, so that the working batch is a plain slice, the first n places;
+    `rows` remembers which row stands at each place, and `end` puts them back."""
 
     def __init__(self, cache: KVCache, max_tokens: int):
         B, V, device = len(cache.lengths), cache.model.config.vocab_size, cache.device
@@ -207,7 +193,7 @@ class DecodingState:
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # column of the next draw
         self.is_stop = torch.zeros(V, dtype=torch.bool, device=device)  # by id
 
-    def begin(self, uniform: Tensor, stop_ids: frozenset[int], temperature: float) -> None:
+    def begin(self, uniform: Tensor, stop_ids: frozenset[int], temperature: float):
         """A new turn of the first B rows; uniform (B, max_tokens)."""
         B, M = uniform.shape
         self.uniform[:B, :M] = uniform
@@ -218,7 +204,7 @@ class DecodingState:
         self.is_stop[sorted(stop_ids)] = True
         self.temperature = temperature
 
-    def draw(self, n: int) -> None:
+    def draw(self, n: int):
         """An id for each of the first n places, from their hidden states."""
         logits = self.cache.model.logits(self.cache.hidden[:n])  # (n, V)
         uniform = self.uniform[:n].index_select(1, self.t)  # (n, 1)
@@ -229,7 +215,7 @@ class DecodingState:
         self.alive[:n] &= ~self.is_stop[ids[:, 0]]
         self.t += 1
 
-    def step(self, n: int, S: int) -> None:
+    def step(self, n: int, S: int):
         """The first n places read the ids drawn last, attending to S keys, and draw."""
         cache = self.cache
         ids = self.ids[:n].index_select(1, self.t - 1)  # (n, 1)
@@ -238,20 +224,20 @@ class DecodingState:
         cache.lengths[:n] += self.alive[:n]
         self.draw(n)
 
-    def move_finished_back(self, n: int, n_alive: int) -> None:
+    def move_finished_back(self, n: int, n_alive: int):
         """Swaps rows among the first n places so that those alive are the first n_alive."""
         alive = self.alive[:n].tolist()
         finished = [place for place in range(n_alive) if not alive[place]]
         unfinished = [place for place in range(n_alive, n) if alive[place]]
         self._move(finished + unfinished, unfinished + finished)
 
-    def end(self) -> None:
+    def end(self):
         """Puts the rows back in the caller's order."""
         rows = self.rows.tolist()
         moved = [place for place, row in enumerate(rows) if place != row]
         self._move([rows[place] for place in moved], moved)
 
-    def _move(self, to: list[int], source: list[int]) -> None:
+    def _move(self, to: list[int], source: list[int]):
         """What stands at the places `source` goes to the places `to`."""
         to = torch.tensor(to, dtype=torch.long, device=self.cache.device)
         source = torch.tensor(source, dtype=torch.long, device=self.cache.device)
@@ -261,23 +247,10 @@ class DecodingState:
             tensor[to] = tensor[source]
 
 
-def decoding_state(cache: KVCache, max_tokens: int) -> DecodingState:
-    """On a GPU one that records its steps and replays them, where extras/ is there."""
-    if cache.lengths.is_cuda:
-        try:
-            from extras.cuda_graphs import graphed_state
-
-            return graphed_state(cache, max_tokens)
-        except ImportError:
-            pass
-    return DecodingState(cache, max_tokens)
-
-
 def draw_ids(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One id a row from softmax(logits / temperature), by inverting its distribution
-    function; the likeliest id at temperature 0.
-
-    logits (n, V), uniform (n, 1) in [0, 1) -> ids (n, 1) int64, their log-probs (n, 1)."""
+    function; the likeliest id at temperature 0. logits (n, V), uniform (n, 1) in [0, 1) ->
+    ids (n, 1) int64, their log-probs (n, 1)."""
     probs = (logits.float() / (temperature or 1.0)).softmax(-1)  # (n, V)
     if temperature == 0:
         ids = probs.argmax(-1, keepdim=True)  # (n, 1)

@@ -1,7 +1,7 @@
 """Train a model to reflect.  python train.py [--task countdown] [--model qwen2.5-1.5b] ...
 
-The method is in rrr.py; here is what surrounds it. `train` comes first and tells the story,
-then its parts follow: failures, a step, the optimizer, the log, checkpoints, files.
+The method is in rrr.py. Here `train` tells the story, then its parts follow: failures, a
+step, the optimizer, the log, checkpoints, files.
 """
 
 import json
@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -21,15 +20,14 @@ import torch
 from torch import nn
 
 import rrr
-from config import Config, chunks, held_out, open_model, parse, plain_errors, seeded
+from config import Config, chunks, open_model, parse, plain_errors, seeded
 from eval import evaluate, is_mended, mean_length, percent, share_cut, table
 from model import UserError, check, explain, load, read_json, save
-from rrr import Episode, Rollout, make_batches, trained_logps
+from rrr import Episode, Rollout, Turn, make_batches, trained_logps
 
 
-def train(run: Path, config: Config, stopping: list) -> None:
-    """Open, collect failures, evaluate; sample, update, log, save, step by step; evaluate
-    again. Goes on where `run` stands; `stopping` is filled when the user wants to stop."""
+def train(run: Path, config: Config):
+    """Collects failures, evaluates, trains, evaluates again. Goes on where `run` stands."""
     checkpoint = last_checkpoint(run)
     source = str(checkpoint or config.model)
     model, chat, task = open_model(replace(config, model=source))
@@ -40,13 +38,17 @@ def train(run: Path, config: Config, stopping: list) -> None:
         reference, _ = load(config.model, config.device, dtype, config.context)
     optimizer = MasterAdamW(model.parameters(), config)
     start = restore(run, checkpoint, optimizer)
-    rollout, test = Rollout(model, chat, task, config), held_out(task, config)
+    rollout = Rollout(model, chat, task, config)
+    test = task.problems("test", config.eval_n, 0)  # the same for every seed
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
+    if not config.resume:  # only now: a start that was refused leaves nothing behind
+        with explain(f"{run} cannot be written", OSError):
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text(json.dumps(asdict(config), indent=2))
     print(f"{'resuming' if config.resume else 'writing'} {run}", flush=True)
     schedule = None
     if config.failures == "pool":
-        failures = failure_pool(run, rollout, config, stopping)
-        schedule = in_training_order(failures, config)
+        schedule = failure_pool(run, rollout, config)
     if config.steps == 0:
         return
     reports = read_rows(run / "eval.jsonl")
@@ -68,41 +70,35 @@ def train(run: Path, config: Config, stopping: list) -> None:
         seconds = {"sample": sampled - began, "train": time.perf_counter() - sampled}
         metrics = measure(step, config, episodes, batches, first_try, seconds) | metrics
         log(run, metrics, episodes, config)
-        if stopping or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save_checkpoint(run, step + 1, model, chat, optimizer)
-        stop_if_asked(stopping, run, f"saved after step {step + 1}")
     after, episodes = evaluate(rollout, test, 0)
     append(run / "eval.jsonl", [{"step": config.steps} | after])
-    summary(run, episodes, task)
-
-
-def stop_if_asked(stopping: list, run: Path, done: str) -> None:
-    if stopping:
-        sys.exit(f"\n{done}; go on with: python train.py --resume {run}")
+    summary(run, episodes)
 
 
 # ---- failures ----
-def failure_pool(run: Path, rollout: Rollout, config: Config, stopping: list):
-    """The paper's failure set: attempts of the untrained model at training problems, of
-    which the failures are kept. RUN/pool.jsonl holds every attempt and is judged again
-    whenever it is read, so that a mended verifier needs no new pool."""
+def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
+    """What the untrained model fails at (the paper's failure set), for all steps in a row.
+    RUN/pool.jsonl holds all attempts and is judged when it is read."""
     path = run / "pool.jsonl"
     if not config.pool:
-        build_pool(path, rollout, config, stopping)
+        build_pool(path, rollout, config)
     elif not path.exists():
         append(path, another_pool(config.pool, rollout))
-    attempts = [Episode.from_dict(row) for row in read_rows(path)]
-    for episode in attempts:
-        episode.attempt_verdict = rollout.verify(episode.problem, episode.attempt)
-    failures = [episode for episode in attempts if not episode.attempt_verdict["ok"]]
-    print(f"failure pool: {len(failures)} failures in {len(attempts)} attempts ({path})")
+    rows, failures = read_rows(path), []
+    for row in rows:
+        problem, attempt = row["problem"], Turn(**row["attempt"])
+        verdict = rollout.verify(problem, attempt)
+        if not verdict["ok"]:
+            failures.append(Episode(problem, row["group"], attempt, verdict))
+    print(f"failure pool: {len(failures)} failures in {len(rows)} attempts ({path})")
     check(failures, "the model failed at none of these problems: choose harder ones.")
-    return failures
+    return in_training_order(failures, config)
 
 
-def build_pool(path: Path, rollout: Rollout, config: Config, stopping: list) -> None:
-    """Attempts, appended batch by batch. A batch's draws are a function of the seed and its
-    number, so that an interrupted pool goes on by counting its whole batches."""
+def build_pool(path: Path, rollout: Rollout, config: Config):
+    """Attempts, appended batch by batch; an interrupted pool goes on where it stood."""
     problems = rollout.task.problems("train", config.pool_problems, config.seed)
     todo = rrr.repeat(problems, config.pool_attempts)
     rows = read_rows(path)
@@ -112,15 +108,13 @@ def build_pool(path: Path, rollout: Rollout, config: Config, stopping: list) -> 
         if end <= len(rows):
             continue
         attempts, _ = rollout.attempt(batch, seeded(rollout.model, config.seed, "pool", i))
-        if start <= len(rows):  # cut what was kept of a batch in part
+        if start <= len(rows):  # a batch in part
             rewrite(path, rows[:start])
         append(path, [asdict(episode) for episode in attempts])
-        stop_if_asked(stopping, path.parent, f"kept {end} attempts")
 
 
 def another_pool(source: str, rollout: Rollout) -> list[dict]:
-    """The rows of another run's pool. UserError where this model and task would ask its
-    problems otherwise: such attempts are not this model's mistakes."""
+    """Another run's rows. UserError where this model and task would ask otherwise."""
     rows = read_rows(Path(source))
     with explain(f"{source} is not the pool.jsonl of a run", Exception):
         asked = [row["attempt"]["prompt_ids"] for row in rows]
@@ -141,15 +135,14 @@ def in_training_order(failures: list[Episode], config: Config) -> list[Episode]:
 
 # ---- one step ----
 def sample_step(step: int, rollout: Rollout, config: Config, schedule):
-    """The step's episodes, with rewards and advantages, and the share of problems that were
-    solved at the first try (None with a pool, whose attempts are all failures)."""
+    """The step's episodes, and the share solved at the first try (None with a pool)."""
     n, first_try = config.batch_size, None
     if schedule:
         attempts = schedule[step * n : (step + 1) * n]
         conversations = [e.attempt.prompt_ids + e.attempt.ids for e in attempts]
         cache = rollout.read(conversations, rollout.room)
         rows = range(n)
-    else:  # twice as many fresh problems as failures are wanted
+    else:  # fresh problems, twice as many
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
         generator = seeded(rollout.model, config.seed, "attempt", step)
         attempts, cache = rollout.attempt(problems, generator)
@@ -170,7 +163,6 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
 def update(model, reference, optimizer, batches, config: Config, step: int) -> dict:
     """updates_per_batch optimizer steps on the same micro-batches. Returns metrics."""
     temperature, old_logps, ref_logps = config.temperature, None, None
-    batches = [batch.to(config.device) for batch in batches]
     with torch.no_grad():
         if reference:
             ref_logps = [trained_logps(reference, batch, temperature) for batch in batches]
@@ -188,7 +180,7 @@ def update(model, reference, optimizer, batches, config: Config, step: int) -> d
     return metrics
 
 
-def learning_rate(step: int, config: Config) -> float:
+def learning_rate(step, config) -> float:
     """Linear warm-up, then a cosine to 0 just beyond the last step; steps count from 0."""
     warm = max(1, round(config.warmup_ratio * config.steps))
     if step < warm:
@@ -198,11 +190,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 class MasterAdamW:
-    """torch.optim.AdamW on float32 copies of the weights. At the paper's learning rate
-    (5e-7) a step is less than half a unit in the last place of most bfloat16 weights:
-    rounded to nearest, they would never move. Gradients are summed in float32 too, each
-    taken over in the backward pass (the weights' `grad` stays empty). A master of a float32
-    weight shares its memory: stepping it moves the weight."""
+    """torch.optim.AdamW on float32 copies of the weights and gradients: most bfloat16 ones
+    are too coarse for the paper's learning rate. A float32 weight is its own master."""
 
     def __init__(self, parameters, config):
         self.parameters, self.masters = list(parameters), []
@@ -215,7 +204,7 @@ class MasterAdamW:
         self.adamw = torch.optim.AdamW(self.masters, config.lr, **options)
 
     @staticmethod
-    def collect(master, p) -> None:
+    def collect(master, p):
         """Called in the backward pass, as soon as a weight's gradient is there."""
         grad = p.grad.to(master.device, torch.float32)
         master.grad = grad if master.grad is None else master.grad.add_(grad)
@@ -238,7 +227,7 @@ class MasterAdamW:
         return {"masters": self.masters, "adamw": self.adamw.state_dict()}
 
     @torch.no_grad()
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict):
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         self.adamw.load_state_dict(state["adamw"])
@@ -255,36 +244,35 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     second_try = None if first_try is None else first_try + (1 - first_try) * reward
     sampled = sum(len(turn.ids) for turn in reflections + retries)
     passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
-    sampling, training = seconds["sample"], seconds["train"]
     return {
         "step": step + 1,  # counts from 1
-        "lr": learning_rate(step, config),  # of this step
-        "reward": reward,  # mean over the episodes: the share of retries that succeeded
-        "first_try": first_try,  # of this step's fresh problems (null with a pool)
-        "second_try": second_try,  # solved by either try, computed from the two above
-        "groups": len(groups),  # failures in the step
+        "lr": learning_rate(step, config),  # now
+        "reward": reward,  # mean of all episodes
+        "first_try": first_try,  # null with a pool
+        "second_try": second_try,  # by either try
+        "groups": len(groups),  # failures
         "groups_with_signal": sum(map(rrr.has_signal, groups)),  # only these are trained on
         "reflection_tokens": mean_length(reflections),  # stop token included
         "truncated_attempt": share_cut(attempts),  # share that were cut at their cap
         "truncated_reflection": share_cut(reflections),  # the same of reflections
-        "truncated_retry": share_cut(retries),  # the same of retries
+        "truncated_retry": share_cut(retries),  # too
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
-        "sampled_tokens_per_second": round(sampled / sampling),  # of both turns
-        "training_tokens_per_second": round(passed / training),  # a prefix counts once
-        "memory_gb": round(peak_memory(), 2),  # peak so far
+        "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
+        "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
+        "memory_gb": peak_memory(),  # so far
         "seconds": {stage: round(n, 3) for stage, n in seconds.items()},  # by stage
     }
 
 
 def peak_memory() -> float:
     """GB: what PyTorch reserved on the GPU, or else the process's resident memory."""
+    n = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        n = torch.cuda.max_memory_reserved()
+    return round(n / 1e9, 2)
 
 
-def log(run: Path, metrics: dict, episodes: list[Episode], config: Config) -> None:
-    """To the files, and a line to the terminal."""
+def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     append(run / "metrics.jsonl", [metrics])
     step = metrics["step"]
     append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
@@ -296,7 +284,7 @@ def log(run: Path, metrics: dict, episodes: list[Episode], config: Config) -> No
     print(line, flush=True)
 
 
-def summary(run: Path, episodes: list[Episode], task) -> None:
+def summary(run: Path, episodes: list[Episode]):
     """Three failures that were mended, what is trained between brackets; the table."""
     mended = [e for e in episodes if is_mended(e)]
     for e in mended[:3]:
@@ -305,15 +293,13 @@ def summary(run: Path, episodes: list[Episode], task) -> None:
         print(f"  reflection  [[ {e.reflection.text[:500]} ]]")
         print(f"  retry       {e.retries[0].text[:500]}")
     before, *_, after = read_rows(run / "eval.jsonl")
-    print(f"\nmemory: {peak_memory():.1f} GB used at the peak")
-    print(table({"before": before, "after": after}, task.errors))
+    print(f"\n{table({'before': before, 'after': after})}")
     print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
 
 
 # ---- checkpoints and files ----
-def save_checkpoint(run: Path, step: int, model, chat, optimizer) -> None:
-    """RUN/step-NNNNNN: a Hugging Face folder, the optimizer beside the weights. Renamed
-    when it is whole, so that it is never there in part. Then the one before it goes."""
+def save_checkpoint(run: Path, step: int, model, chat, optimizer):
+    """RUN/step-NNNNNN, renamed when it is whole. Then the one before it goes."""
     final, beside, old = run / f"step-{step:06}", run / "writing", last_checkpoint(run)
     shutil.rmtree(beside, ignore_errors=True)
     hint = f"step {step} cannot be saved: make room, then --resume {run}"
@@ -328,14 +314,13 @@ def save_checkpoint(run: Path, step: int, model, chat, optimizer) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def last_checkpoint(run: Path) -> Path | None:
+def last_checkpoint(run: Path):
     """Only names that are exactly step-NNNNNN are ours."""
     return max(run.glob("step-" + 6 * "[0-9]"), default=None)
 
 
 def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
-    """Fills the optimizer from the checkpoint, cuts what the logs say of later steps, and
-    returns the number of steps done."""
+    """Fills the optimizer, cuts the logs of later steps. Returns the steps done."""
     step = 0
     if checkpoint:
         path, device = checkpoint / "state.pt", optimizer.masters[0].device
@@ -350,7 +335,7 @@ def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
     return step
 
 
-def append(path: Path, rows: list[dict]) -> None:
+def append(path: Path, rows: list[dict]):
     """Rows of JSON, a line each, in one write. UserError where that fails."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     with explain(f"{path} cannot be written", OSError):
@@ -358,7 +343,7 @@ def append(path: Path, rows: list[dict]) -> None:
             file.write("".join(lines))
 
 
-def rewrite(path: Path, rows: list[dict]) -> None:
+def rewrite(path: Path, rows: list[dict]):
     """The file anew, with these rows; it is whole at every moment."""
     beside = path.with_name("rewriting")
     beside.unlink(missing_ok=True)
@@ -376,8 +361,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
-    """The run's folder: a new one, or on --resume an old one with its own options.
-    UserError where the folder is taken, or other options are given."""
+    """A new run's folder and options, or on --resume those of an old one."""
     if config.resume:
         run = Path(config.resume)
         with explain(f"{run} is not the folder of a run", TypeError):
@@ -387,22 +371,12 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
         return run, replace(stored, resume=config.resume)
     name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
     run = Path(config.out or name)
-    check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
-    with explain(f"{run} cannot be written", OSError):
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    taken = run.exists() and [*run.glob("*")] != [run / "config.json"]
+    check(not taken, f"{run} exists: --resume {run}, or choose another --out.")
     return run, config
 
 
-def main(argv=None) -> None:
-    stopping = []  # filled by the first Ctrl-C; the second one stops at once
-
-    def interrupt(*_):
-        if stopping:
-            raise KeyboardInterrupt
-        stopping.append(True)
-        print("\nwill stop after this step, and save; again: at once.", file=sys.stderr)
-
+def main(argv=None):
     with plain_errors("train.py"):
         config, given = parse(sys.argv[1:] if argv is None else argv, __doc__, "train.py")
         check(config.temperature > 0, "--temperature must be above 0: siblings differ.")
@@ -411,12 +385,7 @@ def main(argv=None) -> None:
         online = config.pool and config.failures == "online"
         check(not online, "--pool is for --failures pool; online takes fresh problems.")
         run, config = open_run(config, given)
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            train(run, config, stopping)
-        finally:
-            if os.listdir(run) == ["config.json"]:
-                shutil.rmtree(run)  # nothing has happened
+        train(run, config)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Why this is here: others write function calling in other forms; this makes ours of them.
+"""Here because others write function calling in other forms; this makes ours of them.
 
     python -m extras.convert FILE OUT.jsonl     (--data does the same by itself)
 
 xLAM-60k has {query, tools, answers}, the latter two as JSON text, and {name: schema} with
 Python's types for parameters. The Berkeley leaderboard has {id, question, function}, and
-a file of the same name in possible_answer/. Ours is told in tasks/function_calling.py.
-Rows that it cannot express are left out, counted and told.
+a file of the same name in possible_answer/. Rows that ours cannot express are left out.
 """
 
 import json
@@ -15,6 +14,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from config import plain_errors
 from model import UserError, check, explain
 from tasks import load_rows
 from tasks.function_calling import judge
@@ -22,10 +22,9 @@ from tasks.function_calling import judge
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
 JSON_TYPES |= {kind: kind for kind in JSON_TYPES.values()}
-DAMAGE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
-class Unusable(Exception):
+class Unusable(UserError):
     """A row that is left out, and why."""
 
 
@@ -40,7 +39,7 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
     for number, row in enumerate(rows, 1):
         wants = f"{data}, row {number} is not in our form, xLAM's or Berkeley's"
         try:
-            with explain(wants, *DAMAGE):
+            with explain(wants, Exception):
                 problems.append(problem_of(row, truths))
         except Unusable as reason:
             left_out[str(reason)] += 1
@@ -52,8 +51,6 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
 
 def problem_of(row: dict, truths: dict) -> dict:
     """One row in our form. Raises Unusable, or what the row's damage raises."""
-    if row.keys() >= {"key", "messages", "tools", "answers"}:
-        return row
     answers = []
     if "query" in row:
         messages = [{"role": "user", "content": row["query"]}]
@@ -118,18 +115,15 @@ def one_choice(value):
 
 
 def read_json(value):
+    """Without the nulls that Arrow and parquet write for keys that only other rows have."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return json.loads(text, object_hook=without_nulls)
-
-
-def without_nulls(row: dict) -> dict:
-    """Arrow and parquet write a null for each key that only other rows have."""
-    return {key: value for key, value in row.items() if value is not None}
+    return json.loads(
+        text, object_pairs_hook=lambda row: {k: v for k, v in row if v is not None}
+    )
 
 
 def tool_of(function: dict) -> dict:
-    """A tool as the model sees it; its parameters are a JSON schema, or xLAM's {name:
-    schema}, where a default or "optional" in the type means that one may be left out."""
+    """A tool as the model sees it. Its parameters may be xLAM's {name: schema}."""
     schema = function.get("parameters", {})
     if not isinstance(schema.get("type"), str):
         required = []
@@ -169,10 +163,8 @@ def type_of(kind) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("convert"):
         check(len(sys.argv) == 3, "usage: python -m extras.convert FILE OUT.jsonl")
         problems = convert(sys.argv[1], load_rows(sys.argv[1]))
         lines = [json.dumps(problem) + "\n" for problem in problems]
         Path(sys.argv[2]).write_text("".join(lines), encoding="utf-8")
-    except UserError as error:
-        sys.exit(str(error))

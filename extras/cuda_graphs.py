@@ -1,9 +1,7 @@
-"""Beside the road: on a GPU a decoding step is some 800 small kernels, and launching them
-from Python takes longer than running them. Here the first step of a kind is recorded as a
-CUDA graph; those to come are replayed in one launch. sampler.decoding_state asks for it.
-
-A graph remembers addresses. So all turns of a model share one state, whose tensors never
-move: a cache is copied to it when a turn begins, and back when the turn ends."""
+"""Here because launching a decoding step's 800 small kernels from Python takes longer than
+running them: the first step of a kind is recorded as a CUDA graph, others are replayed in
+one launch. A graph remembers addresses: all turns of a model share one state, whose tensors
+never move, and a cache is copied to it when a turn begins, and back when it ends."""
 
 from functools import partial
 
@@ -35,6 +33,10 @@ class GraphedState(DecodingState):
         copy_rows(self.cache, self.source)
 
 
+def sample_by_graphs(model):
+    model.decoding_state = graphed_state
+
+
 def graphed_state(cache: KVCache, max_tokens: int) -> GraphedState:
     """The model's state, with this cache in it. It is made anew, and all graphs with it,
     only where the last one is too small; sizes are rounded up so that this is rare."""
@@ -42,18 +44,15 @@ def graphed_state(cache: KVCache, max_tokens: int) -> GraphedState:
     capacity = min(round_up(cache.capacity, 256), model.context)
     sizes = (len(cache.lengths), capacity, round_up(max_tokens, 64))
     state = getattr(model, "graphed_state", None)
-    if state is None or max_of(sizes, state.sizes) != state.sizes:
-        sizes = max_of(sizes, state.sizes) if state else sizes
+    old = state.sizes if state else (0, 0, 0)
+    sizes = tuple(map(max, sizes, old))
+    if sizes != old:
         model.graphed_state = state = None  # the memory of the old one goes first
         model.graphed_state = state = GraphedState(model, *sizes)
         state.sizes = sizes
     state.source = cache
     copy_rows(cache, state.cache)
     return state
-
-
-def max_of(a: tuple, b: tuple) -> tuple:
-    return tuple(map(max, a, b))
 
 
 def copy_rows(source: KVCache, target: KVCache) -> None:

@@ -1,39 +1,32 @@
 """Here because oneDNN's layout of weights is a third of a decoding step's speed on a CPU.
 
-    pack(model)  # once, after loading
-
-A plain weight is laid out anew in every product, which at the few rows of a decoding step
-costs as much as the product. Only sampling, known by inference mode, takes the packed copy.
-Training, the names in state_dict(), tied weights and saving stay what they are.
+A plain weight is laid out anew in every product. Only sampling, known by inference mode,
+takes the packed copy.
 """
+
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 onednn = torch.ops.mkldnn
+# Layer -> (packed copy, what it was made from). Apart from the layer, which may be copied.
+PACKED = WeakKeyDictionary()
 
 
 class PackedLinear(nn.Linear):
     """A linear layer with a packed copy of its weight, renewed when that has changed."""
 
-    packed = packed_from = None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_inference_mode_enabled() or not can_pack(self.weight):
             return super().forward(x)
         # An optimizer's step raises the version; .to() changes the address or the dtype.
-        state = self.weight.data_ptr(), self.weight._version, self.weight.dtype
-        if self.packed_from != state:
-            self.packed = onednn._reorder_linear_weight(self.weight)
-            self.packed_from = state
-        return onednn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-    def __getstate__(self):
-        """What copy.deepcopy takes along: all but the packed copy, which it makes anew."""
-        state = super().__getstate__()
-        state.pop("packed", None)
-        state.pop("packed_from", None)
-        return state
+        source = self.weight.data_ptr(), self.weight._version, self.weight.dtype
+        packed, packed_from = PACKED.get(self, (None, None))
+        if packed_from != source:
+            packed = onednn._reorder_linear_weight(self.weight)
+            PACKED[self] = packed, source
+        return onednn._linear_pointwise(x, packed, self.bias, "none", [], "")
 
 
 def can_pack(weight: torch.Tensor) -> bool:

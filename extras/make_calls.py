@@ -1,13 +1,9 @@
-"""Why this is here: it makes tasks/calls.jsonl.xz, the problems that come with the task.
+"""Here because it makes tasks/calls.jsonl.xz, the problems that come with the task.
 
     python -m extras.make_calls     after changing tools.json; the same bytes every time
 
-tools.json holds domains of tools and pools of values. Some tools and some values are for
-testing: no problem for training offers, wants or mentions them. A parameter is a JSON
-schema with keys for this file: `values`, the pool of its values, or `range`, [from, to,
-step]; `say`, words that ask for an optional one, which is left out half of the time;
-`words`, what to write for a value; `show`, how to write an object; `count`, [fewest, most]
-items.
+tools.json says what its keys mean. No problem for training offers, wants or mentions a tool
+or a value for testing.
 """
 
 import json
@@ -64,7 +60,6 @@ def make_problem(rng, domains, pools, split, level) -> dict:
     own = [tool for tool in tools if tool.get("split", "train") == split]
     domain = rng.choice(list(domains.values()))
     first = rng.choice([tool for tool in domain if tool in own])
-    # Training sees no tool that is held out. Those of one domain are easier to confuse.
     allowed = tools if split == "test" else own
     near = [tool for tool in allowed if tool in domain and tool is not first]
     far = [tool for tool in allowed if tool not in domain]
@@ -105,8 +100,7 @@ def ask(rng, tool, pools):
 
 
 def draw(rng, spec, pools, used):
-    """A value that is not the default, and what a person would write for it (for an object
-    without "show", the words of each key). `used`: no string stands twice in a call."""
+    """A value that is not the default nor among `used` strings, and how one writes it."""
     if spec["type"] == "object":
         value, words = {}, {}
         for name, inner in spec["properties"].items():
@@ -143,7 +137,6 @@ def draw_list(rng, spec, pools, used):
 
 
 def as_offered(tool):
-    """The tool as the model sees it."""
     specs = tool["parameters"]
     required = [name for name, spec in specs.items() if "say" not in spec]
     properties = {name: without_hidden(spec) for name, spec in specs.items()}
@@ -159,5 +152,5 @@ def without_hidden(spec):
 
 
 if __name__ == "__main__":
-    path = ROOT / "tasks" / "calls.jsonl.xz"
-    path.write_bytes(lzma.compress(jsonl().encode(), preset=9))
+    packed = lzma.compress(jsonl().encode(), preset=9)
+    (ROOT / "tasks" / "calls.jsonl.xz").write_bytes(packed)

@@ -1,17 +1,16 @@
 """Here because what the embedded model has learnt, and has not, should be open to all.
 
-    python -m extras.make_tiny --out NEW_FOLDER
+    python -m extras.make_tiny NEW_FOLDER
 
 RRR can only reward what sometimes happens. So this warm-up teaches attempts (a guess with
-its arithmetic), reflections (vague; a diagnosis: "I got 33, not 43: too low."; or a search:
-"12+3=15, 15+7=22=43? no; 12*3=36, 36+7=43=43? yes") and retries (what was found, or another
-guess). The kind does not depend on the problem; all arithmetic is true.
+its arithmetic), reflections (vague, a diagnosis or a search) and retries (what was found,
+or another guess). The kind does not depend on the problem; all arithmetic is true.
 """
 
-import argparse
 import math
 import random
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,14 +29,13 @@ MAX_NUMBER = 15
 LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
 RIGHT = 0.6  # attempts (and guessed retries) that are right
 KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
-STEPS = 7000
+STEPS, SEED = 7000, 0
 VAGUE = """I made a mistake and should be more careful.
 I was careless. I will think before I answer.
 My answer was wrong. I will try something else.
 I should check my work next time.
 I need to look at the problem again and do better.""".split("\n")
 PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
-PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def operations(a, b):
@@ -111,8 +109,7 @@ def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
 
 
 def encode(problem, turns, task, chat, glues, given):
-    """ids, and which are trained: the assistant's turns with their ends; if given is 1, not
-    the attempt, if 2, nor the reflection's first token."""
+    """ids, and which are trained: the assistant's turns with their ends, given ones not."""
     pieces = [chat.prompt(task.messages(problem))]
     for text, glue in zip(turns, [*glues, []]):
         pieces += [chat.encode(text + "<|im_end|>"), glue]
@@ -126,15 +123,14 @@ def encode(problem, turns, task, chat, glues, given):
 
 
 def batches(problems, task, chat, rng, rows=32):
-    """Endless batches of conversations of like length: ids, trained, both (B, T).
-    In a third of them the failure is given (1), in another a search's first token (2)."""
+    """Endless batches of conversations of like length: ids, trained, both (B, T)."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
         pool = []
         for problem in rng.choices(problems, k=rows * 16):
             problem = problem | {"nums": rng.sample(problem["nums"], 3)}
-            given = rng.randrange(3)
+            given = rng.randrange(3)  # the failure (1), and a search's first token (2)
             kinds = {"search": 1} if given == 2 else KINDS
             turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds)
             pool.append(encode(problem, turns, task, chat, glues, given))
@@ -145,9 +141,9 @@ def batches(problems, task, chat, rng, rows=32):
             yield [pad_sequence(column, batch_first=True) for column in zip(*group)]
 
 
-def initialise(model, seed):
+def initialise(model):
     """Fresh weights. PyTorch's own are drawn first, as when those in tiny/ were made."""
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     for module in model.model.modules():
         if isinstance(module, (nn.Embedding, nn.Linear)):
             module.reset_parameters()
@@ -181,17 +177,13 @@ def warm_up(model, chat, stream, steps):
             optimizer.step()
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True, help="a new folder for the model")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng, task = random.Random(args.seed), Countdown(difficulty=f"3x{MAX_NUMBER}")
+if __name__ == "__main__":
+    rng, task = random.Random(SEED), Countdown(difficulty=f"3x{MAX_NUMBER}")
     problems, texts = task.problems("train", 10**6, seed=0), []
+    chat = Chat(TINY)
     for problem in problems:
-        asked = PROMPT.format(task.messages(problem)[0]["content"])
+        asked = chat.render(task.messages(problem))
         texts += [asked, *conversation(problem, task, rng), task.reflect, task.retry]
-
     # Digits, operators and tags stand alone; up to four words may make one token.
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
@@ -205,13 +197,8 @@ def main():
     build = Path(shutil.copytree(TINY, tempfile.mkdtemp(), dirs_exist_ok=True))
     tokenizer.save(str(build / "tokenizer.json"))
     chat = Chat(build)
-    assert chat.prompt(task.messages(problem)) == chat.encode(asked)
     config = read_json(TINY / "config.json") | {"vocab_size": tokenizer.get_vocab_size()}
     model = Decoder(ModelConfig.from_dict(config), context=1024)
-    initialise(model, args.seed)
+    initialise(model)
     warm_up(model, chat, batches(problems, task, chat, rng), STEPS)
-    save(model, chat, Path(args.out))
-
-
-if __name__ == "__main__":
-    main()
+    save(model, chat, Path(sys.argv[1]))

@@ -1,7 +1,4 @@
-"""Tasks: problems that a program can check. This file holds what they share.
-
-A new task is one file with a subclass of `Task` and one line in TASKS.
-"""
+"""Tasks: problems that a program can check. A new one is a file and a line in TASKS."""
 
 import hashlib
 import importlib
@@ -30,10 +27,8 @@ class Verdict:
 class Task:
     """What training and evaluation ask of a task, beside its `name` and `errors` (the
     verifier's categories), and what the user says: `reflect` after a failure, `retry` after
-    the reflection. `generic_reflection` is eval.py's control: one for every problem.
-
-    A problem is a plain dict (JSON). Its "key" is the same for problems that are the same.
-    """
+    the reflection. `generic_reflection` is eval.py's control: one for every problem. A
+    problem is a plain dict (JSON). Its "key" is the same for problems that are the same."""
 
     def problems(self, split: str, n: int, seed: int) -> list[dict]:
         """At most n distinct problems of "train" or "test"; the same for the same seed."""
@@ -81,8 +76,7 @@ def without_thinking(text: str) -> str:
 
 
 def load_rows(data: str) -> list[dict]:
-    """The rows of a JSON (a list of objects), JSON Lines or .parquet file, which may be in
-    a hub dataset (`owner/name:path`)."""
+    """The rows of a JSON, JSON Lines or .parquet file, or of one in a hub dataset."""
     path = Path(data)
     repo, _, inner = data.partition(":")
     if not path.exists() and "/" in repo and inner:
@@ -100,7 +94,7 @@ def load_rows(data: str) -> list[dict]:
                 lines = text.split("\n")  # not splitlines(): a string may hold U+2028
                 text = "[" + ",\n".join(filter(str.strip, lines)) + "]"
             rows = json.loads(text)
-    check(rows, f"the data file {data} is empty.")
+    check(rows, f"the file {data} is empty.")
     for number, row in enumerate(rows, 1):
         check(isinstance(row, dict), f"{data}, row {number} is no object: {row!r:.40}.")
     return rows

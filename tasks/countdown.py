@@ -1,7 +1,6 @@
 """Countdown: reach a target from a few numbers, each used once, with + - * / and ( ).
 
-The published set (Jiayi-Pan/Countdown-Tasks-3to4) has 3 to 4 numbers from 1 to 99 and
-targets from 10 to 99; `problems` makes the same kind.
+`problems` makes the published kind (Jiayi-Pan/Countdown-Tasks-3to4): targets from 10 to 99.
 """
 
 import ast
@@ -104,7 +103,7 @@ def value_of(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     if not isinstance(node, (ast.UnaryOp, ast.BinOp)):
-        raise ValueError("an operator is missing")  # "3 (4)", "()"
+        raise ValueError("an operator is missing")
     binary = isinstance(node, ast.BinOp)
     operands = [node.left, node.right] if binary else [node.operand]
     return OPERATORS[type(node.op)](*map(value_of, operands))

@@ -84,7 +84,8 @@ def random_model(config: ModelConfig, options) -> Decoder:
     with torch.device("meta"):
         model = Decoder(config).to(getattr(torch, options.dtype))
     model.to_empty(device=options.device)
-    model.tie()
+    if config.tie_word_embeddings:  # which to_empty undid
+        model.lm_head.weight = model.model.embed_tokens.weight
     torch.manual_seed(options.seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -107,11 +108,11 @@ def open_model(options, config: ModelConfig | None = None) -> tuple[Decoder, Cha
         model, chat = random_model(config, options), Chat(TINY)
     else:
         model, chat = load(options.model, options.device, getattr(torch, options.dtype))
-    if options.device == "cpu":
-        with contextlib.suppress(ImportError):
-            from extras.fast_cpu import pack
+    with contextlib.suppress(ImportError):
+        from extras import cuda_graphs, fast_cpu
 
-            pack(model)
+        use = fast_cpu.pack if options.device == "cpu" else cuda_graphs.sample_by_graphs
+        use(model)
     model.checkpointing = options.checkpointing
     return model, chat
 
@@ -353,7 +354,7 @@ def random_failures(n: int, options, vocab: int) -> list[Episode]:
     """Failed attempts whose prompt and answer are together --prefix random ids."""
     failures, cut = [], 2 * options.prefix // 3
     for i, ids in enumerate(random_prompts(n, options.prefix, vocab, options.seed)):
-        attempt = Turn(ids[:cut], ids[cut:], [0.0] * len(ids[cut:]), "", True)
+        attempt = Turn(ids[cut:], [0.0] * len(ids[cut:]), True, ids[:cut], "")
         failures.append(Episode({"key": str(i)}, i, attempt, {"ok": False}))
     return failures
 
@@ -394,7 +395,7 @@ def training_batches(options, vocab: int, config: Config) -> list[Batch]:
         prompts = random_prompts(8, options.reflection, vocab, rng.random())
         for g, ids in enumerate(prompts):
             # They serve as the reference's, too, or the loss would be about 0.
-            turn = Turn([], ids, [-10 - rng.random() for _ in ids], "", True)
+            turn = Turn(ids, [-10 - rng.random() for _ in ids], True, [], "")
             episodes.append(replace(failure, reflection=turn, reward=float(g % 2)))
     rrr.assign_advantages(episodes)
     return rrr.make_batches(episodes, config)
@@ -403,14 +404,13 @@ def training_batches(options, vocab: int, config: Config) -> list[Batch]:
 def training_row(options, name: str) -> tuple[dict, list[float], float]:
     """One of the two passes: its figures, the log-probs of the trained tokens, and the
     loss."""
-    config = Config(kl_beta=0.01, micro_batch_tokens=options.micro)
+    config = Config(kl_beta=0.01, micro_batch_tokens=options.micro, device=options.device)
     model, _ = open_model(options)
     batches = training_batches(options, model.config.vocab_size, config)
     with contextlib.ExitStack() as patches:
         if name == "plain":  # with one episode a row, plain causal attention sees the same
             batches = [unshare(batch) for batch in batches]
             patches.enter_context(mock.patch.object(rrr, "visible", lambda segments: None))
-        batches = [batch.to(options.device) for batch in batches]
         reference = [batch.sampled_logps for batch in batches]
 
         figures, logps = {}, []

@@ -83,6 +83,7 @@ def test_three_turns_by_replayed_graphs_equal_the_eager_ones(graphs):
     with GPU:
         model = model.to("cuda")
         model.set_context(model.context)
+        cuda_graphs.sample_by_graphs(model)
         assert ids_of_three_turns(model) == expected
         halve(model)
         assert ids_of_three_turns(model) == expected_moved
@@ -104,6 +105,7 @@ def test_a_step_that_synchronises_is_refused(graphs, monkeypatch):
     with GPU, pytest.raises(Forbidden):
         model = random_model().to("cuda")
         model.set_context(model.context)
+        cuda_graphs.sample_by_graphs(model)
         ids_of_three_turns(model)
 
 
@@ -117,7 +119,6 @@ def forward_only(model, reference, optimizer, batches, config, step):
     losses, T = [], config.temperature
     with torch.no_grad():
         for batch in batches:
-            batch = batch.to(config.device)
             logps = rrr.trained_logps(model, batch, T)
             ref_logps = rrr.trained_logps(reference, batch, T) - 0.1
             loss, _, _ = rrr.grpo_loss(logps, logps - 0.1, ref_logps, batch, config)

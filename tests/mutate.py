@@ -113,14 +113,14 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "sampling goes on with weights from before the update",
         "extras/fast_cpu.py",
-        "if self.packed_from != state:",
-        "if self.packed_from is None:",
+        "if packed_from != source:",
+        "if packed_from is None:",
     ),
     (
         "the packed copy forgets the biases",
         "extras/fast_cpu.py",
-        "(x, self.packed, self.bias,",
-        "(x, self.packed, None,",
+        "(x, packed, self.bias,",
+        "(x, packed, None,",
     ),
     (
         "what the graphs wrote stays in the shared state",

@@ -4,6 +4,7 @@ names the bug that it prevents."""
 import copy
 import json
 import lzma
+import math
 import os
 import time
 from collections import Counter
@@ -345,9 +346,18 @@ CORRUPTIONS = {
     "python call": ("no call", lambda p, calls: calls[0]["name"] + "(x=1)"),
     "cut short": ("not JSON", lambda p, calls: json.dumps(calls)[:-2]),
     "single quotes": ("not JSON", lambda p, calls: str(calls)),
-    "bracket too many": ("not JSON", lambda p, calls: json.dumps(calls[0]) + "}"),
-    "key twice": ("not JSON", lambda p, calls: '{"name": "a", ' + json.dumps(calls[0])[1:]),
-    "NaN": ("not JSON", lambda p, calls: '{"name": "a", "arguments": {"x": NaN}}'),
+    "bracket too many": (
+        "not JSON",
+        lambda p, calls: f"<tool_call>{json.dumps(calls[0])}}}</tool_call>",
+    ),
+    "key twice": (  # the last one counts, as for every reader of JSON
+        "wrong",
+        lambda p, calls: json.dumps(calls[0])[:-1] + ', "name": "a"}',
+    ),
+    "NaN": (
+        "wrong",
+        lambda p, calls: json.dumps([c | {"arguments": {"x": math.nan}} for c in calls]),
+    ),
     "arguments a list": (
         "not JSON",
         lambda p, calls: [c | {"arguments": [1]} for c in calls],
@@ -600,11 +610,11 @@ def test_writings_that_are_read(task, text):
         (f"{BLOCK}<tool_call>{{</tool_call>", "not JSON"),
         (f"[{GOOD}", "not JSON"),
         (f"[{GOOD}, 5]", "not JSON"),
-        (f"{GOOD}]", "not JSON"),
         ("{'name': 'f', 'arguments': {'x': 1}}", "not JSON"),
         ('{"name": "f", "arguments": "x=1"}', "not JSON"),
-        ('{"name": "f", "arguments": {"x": 1, "x": 1}}', "not JSON"),
-        ('{"name": "f", "arguments": {"x": Infinity}}', "not JSON"),
+        ('{"name": "f", "arguments": {"x": 1, "x": 2}}', "wrong values"),
+        ('{"name": "f", "arguments": {"x": Infinity}}', "wrong values"),
+        ('{"name": "f", "arguments": {"x": NaN}}', "wrong values"),
         ('{"name": "f", "arguments": {"x": 1e999}}', "wrong values"),
         ('{"name": "f"}', "wrong parameters"),
         (f"{GOOD} {GOOD}", "wrong number of calls"),

@@ -123,15 +123,13 @@ def test_what_is_counted(tmp_path):
 
 @in_ci
 def test_the_road_keeps_to_its_budget():
-    """Whoever adds a feature finds what can go: shorter by leaving out, not by packing. The
-    aim is 2,300 lines, 1,680 of code, and a median of 44; what is reached holds until
-    then."""
+    """Whoever adds a feature finds what can go: shorter by leaving out, not by packing."""
     counts = [Count(file) for file in ROAD]
-    assert sum(c.lines for c in counts) <= 2470
+    assert sum(c.lines for c in counts) <= 2300
     code, words = sum(c.code for c in counts), sum(c.words for c in counts)
-    assert code <= 1727
+    assert code <= 1680
     assert words / (words + code) >= 0.15
-    assert statistics.median(width for c in counts for width in c.widths) <= 46
+    assert statistics.median(width for c in counts for width in c.widths) <= 44
     assert sum(c.nested for c in counts) <= 16
     long = [f for c in counts for f in c.functions if f[0] > 50]
     assert not long
@@ -139,9 +137,8 @@ def test_the_road_keeps_to_its_budget():
 
 @in_ci
 def test_extras_keep_to_theirs():
-    """The aim is 650 lines."""
     lines = {file: Count(file).lines for file in EXTRAS}
-    assert sum(lines.values()) <= 686 and max(lines.values()) <= 300
+    assert sum(lines.values()) <= 650 and max(lines.values()) <= 300
 
 
 @in_ci

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,7 +22,7 @@ from urllib.parse import unquote
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, save_torch_state_dict
 from safetensors.torch import load_file
 from test_model import parameters_of, refusal, write_model
 
@@ -225,7 +226,8 @@ def test_pickles_cards_and_second_copies_are_fetched_too(hub):
 def test_shards_or_their_index_are_left_out(hub, source, tmp_path, monkeypatch):
     """Large models keep their weights in model-*.safetensors and say in an index which is
     where."""
-    monkeypatch.setattr(model_module, "SHARD_BYTES", 100_000)
+    small = partial(save_torch_state_dict, max_shard_size=100_000)
+    monkeypatch.setattr(model_module, "save_torch_state_dict", small)
     save(*load(str(source)), tmp_path / "sharded")
     hub.repos["models/owner/large"] = contents(tmp_path / "sharded")
     assert sum(path.startswith("model-") for path in hub.repos["models/owner/large"]) > 2
@@ -443,7 +445,7 @@ def test_no_hub_and_no_cache_leaves_one_guessing(hub, monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     sentence = refusal(load, "owner/name")
     assert hub.url in sentence and "network" in sentence and "local path" in sentence
-    assert ("offline mode is enabled" if offline else "refused") in sentence
+    assert ("HF_HUB_OFFLINE" in sentence) == offline
 
 
 def test_full_disk_is_a_traceback(hub, monkeypatch, tmp_path):

@@ -30,13 +30,14 @@ from rrr import (
 def settings(**changes) -> Config:
     """All in one micro-batch and no KL term, unless a test asks otherwise."""
     plain = {"micro_batch_tokens": 10**6, "kl_beta": 0.0, "reflection_tokens": 20}
+    plain["device"] = "cpu"
     return Config(**(plain | changes))
 
 
 def turn(rng, prompt, n):
     prompt_ids = [rng.randrange(97) for _ in range(prompt)]
     ids = [rng.randrange(97) for _ in range(n)]
-    return Turn(prompt_ids, ids, [-rng.random() for _ in ids], "", True)
+    return Turn(ids, [-rng.random() for _ in ids], True, prompt_ids, "")
 
 
 def make_episodes(groups=3, G=4, seed=0, rewards=None):
@@ -108,10 +109,10 @@ def assert_same(what, a, b):
 def the_example():
     """The episodes of Batch's own example: prefix "a b c", reflections "x y." and "z."."""
     a, b, c, x, y, stop, z = range(1, 8)
-    attempt = Turn([a], [b], [0.0], "", True)
-    retry = Turn([9, 9], [9], [0.0], "", True)
-    long = Turn([c], [x, y, stop], [-1.0, -2.0, -3.0], "", True)
-    short = Turn([c], [z, stop], [-4.0, -5.0], "", True)
+    attempt = Turn([b], [0.0], True, [a], "")
+    retry = Turn([9], [0.0], True, [9, 9], "")
+    long = Turn([x, y, stop], [-1.0, -2.0, -3.0], True, [c], "")
+    short = Turn([z, stop], [-4.0, -5.0], True, [c], "")
     episodes = []
     for reflection, reward in ((long, 1.0), (short, 0.0)):
         episodes.append(Episode({}, 0, attempt, {}, reflection, [retry], [{}], reward))

@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fill
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -183,15 +185,15 @@ def test_original_length_beside_the_rope_numbers_is_found():
         ),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         (dict(hidden_size=None), "hidden_size"),
-        (dict(num_hidden_layers="two"), "num_hidden_layers"),
-        (dict(num_attention_heads=0), "num_attention_heads"),
+        (dict(num_hidden_layers="two"), "damaged"),
+        (dict(num_attention_heads=0), "damaged"),
         (dict(num_key_value_heads=3), "3 key heads"),
     ],
 )
 def test_config_asks_for_more_than_the_decoder_does_and_gets_garbage(
     tmp_path, changes, word
 ):
-    """Refused by name, and before a byte of weights: there are none in this folder."""
+    """Refused, what is not supported by name, before a byte of weights: here are none."""
     write_chat(write_config(tmp_path / "m", **changes))
     sentence = refusal(load, str(tmp_path / "m"))
     assert word in sentence and "config.json" in sentence
@@ -425,7 +427,8 @@ def test_cuda_without_a_gpu(folder, monkeypatch):
 def test_saved_model_is_not_the_one_that_was_trained(
     tmp_path, monkeypatch, changes, shard_bytes
 ):
-    monkeypatch.setattr(model_module, "SHARD_BYTES", shard_bytes)
+    in_shards = partial(save_torch_state_dict, max_shard_size=shard_bytes)
+    monkeypatch.setattr(model_module, "save_torch_state_dict", in_shards)
     weights = write_model(tmp_path / "m", **changes)
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [258, 256]}')
     decoder, chat = load(str(tmp_path / "m"))

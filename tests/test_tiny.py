@@ -92,7 +92,7 @@ def test_the_warm_up_repeats_itself(tiny_chat):
     states = []
     for _ in range(2):
         model = Decoder(config, 1024)
-        make_tiny.initialise(model, seed=0)
+        make_tiny.initialise(model)
         stream = make_tiny.batches(problems, TASK, tiny_chat, random.Random(0), rows=4)
         make_tiny.warm_up(model, tiny_chat, stream, steps=3)
         states.append(model.state_dict())

@@ -6,6 +6,7 @@ Runs where transformers is installed; the real models are looked for in $MODELS 
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from conftest import close  # noqa: E402
+from huggingface_hub import save_torch_state_dict  # noqa: E402
 from make_golden import ROPES  # noqa: E402
 from test_model import CHATML, write_chat  # noqa: E402
 
@@ -119,7 +121,8 @@ def test_saved_folder_loads_in_transformers(tmp_path, monkeypatch, family, tied)
             parameter.add_(0.01 * torch.randn(parameter.shape))
     ids = torch.randint(0, 256, (1, 100))
     for name, shard_bytes in (("one", 5 * 10**9), ("many", 100_000)):
-        monkeypatch.setattr("model.SHARD_BYTES", shard_bytes)
+        in_shards = partial(save_torch_state_dict, max_shard_size=shard_bytes)
+        monkeypatch.setattr("model.save_torch_state_dict", in_shards)
         save(ours, chat, tmp_path / name)
         theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / name, dtype="auto", output_loading_info=True
