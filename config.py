@@ -36,6 +36,7 @@ class Config:
     task: str = "countdown"  # countdown or function_calling
     data: str = ""  # problems from a .json, .jsonl or .parquet file, or owner/name:path
     difficulty: str = ""  # of the task's own problems; 3x12: three numbers up to 12
+    tools: Literal["auto", "words"] = "auto"  # words: never by the chat template
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if fast
     context: AtLeast0 = 0  # tokens of a whole conversation (0: the model's, up to 4096)
@@ -76,6 +77,7 @@ class Config:
     optimizer_device: Literal["same", "cpu"] = "same"  # cpu: masters in main memory
     micro_batch_tokens: AtLeast1 = 16384  # ids of one training pass, padding included
     checkpointing: bool = False  # recompute activations in the backward pass: less memory
+    eval_every: AtLeast0 = 0  # steps between evaluations on 64 problems (0: none)
     save_every: AtLeast1 = 50  # steps between checkpoints (the last step has one, too)
     resume: str = ""  # go on with a run's folder; other options must be the run's own
 
@@ -93,8 +95,10 @@ def defaults_for(config: Config) -> dict:
         if config.task == "countdown" and not config.data:
             changed["difficulty"] = "3x12"
         return changed | {"steps": 45, "lr": 3e-4}
-    if config.device == "cuda":  # 1.5B in 80 GB: tests/memory.py counts
-        return {"checkpointing": True, "micro_batch_tokens": 8192}
+    if config.device == "cuda":  # results/gpu.md says why
+        changed = {"checkpointing": True, "micro_batch_tokens": 8192}
+        changed |= {"steps": 600, "lr": 1e-6, "pool_problems": 8000}
+        return changed | {"eval_every": 50}
     # On a CPU: enough to look at what happens, too little to learn from.
     changed = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
     changed |= {"sample_rows": 32, "batch_size": 4, "group_size": 4}
@@ -168,6 +172,8 @@ def open_model(config: Config):
     if config.dtype == "bfloat16":
         # Fast, and exact: what is multiplied in float32 are bfloat16 factors.
         torch.set_float32_matmul_precision("medium")
+    # It plans anew, up to seconds, for each shape, and each micro-batch has another.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype)
     model, chat = load(config.model, config.device, dtype, config.context)
     try:  # faster sampling, which is no part of the method

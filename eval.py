@@ -47,6 +47,10 @@ def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[st
         "generic reflection": [generic] * len(failures),
         "another's reflection": own[1:] + own[:1],
     }
+    answers = [rollout.task.answer(episode.problem) for episode in failures]
+    if all(answers):  # the ceiling: what the model makes of the best of reflections
+        cap = rollout.config.reflection_tokens
+        controls["the right answer"] = [rollout.chat.encode(a)[:cap] for a in answers]
     mended_by = {}
     for name, reflections in controls.items():
         episodes, copied = failures, cache.fork(1)

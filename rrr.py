@@ -102,7 +102,8 @@ class Rollout:
 
     def prompt(self, problem) -> list[int]:
         """Its prompt's ids. UserError where a conversation could overrun the context."""
-        tools = self.task.tools(problem) if self.chat.native_tools else None
+        native = self.chat.native_tools and self.config.tools == "auto"
+        tools = self.task.tools(problem) if native else None
         messages = self.task.messages(problem, native_tools=tools is not None)
         ids = self.chat.prompt(messages, tools)
         longest = len(ids) + self.config.attempt_tokens + self.room
@@ -160,6 +161,11 @@ class Rollout:
             pieces.append(glue + ids)
         cache.extend(pieces)
         return episodes, cache
+
+    def reread(self, attempts: list[Episode]) -> KVCache:
+        """A cache that holds these attempts again."""
+        conversations = [e.attempt.prompt_ids + e.attempt.ids for e in attempts]
+        return self.read(conversations, self.room)
 
     def read(self, conversations: list[list[int]], room: int) -> KVCache:
         """A new cache that holds these ids, with room for so many more in each row."""

@@ -128,10 +128,7 @@ class KVCache:
 
     def _check_room(self, more: int):
         n, room = int(self.lengths.max()) + more, self.capacity
-        check(
-            n <= room,
-            f"there is no room for {n} tokens in a conversation, only for {room}.",
-        )
+        check(n <= room, f"no room for {n} tokens in a conversation, only {room}.")
 
     def grow(self, longest: int) -> int:
         """Makes room for `longest` tokens a row. Returns S, how many keys to attend to: so

@@ -56,9 +56,7 @@ def train(run: Path, config: Config):
         print(f"{run} is finished: there is nothing to resume.")
         return
     if not reports:
-        before, _ = evaluate(rollout, test, 0)
-        append(run / "eval.jsonl", [{"step": 0} | before])
-        print(f"before: second try {percent(before['second_try'])}", flush=True)
+        keep_evaluation(run, rollout, test, 0)
 
     for step in range(start, config.steps):
         began = time.perf_counter()
@@ -70,11 +68,21 @@ def train(run: Path, config: Config):
         seconds = {"sample": sampled - began, "train": time.perf_counter() - sampled}
         metrics = measure(step, config, episodes, batches, first_try, seconds) | metrics
         log(run, metrics, episodes, config)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(run, step + 1, model, chat, optimizer)
-    after, episodes = evaluate(rollout, test, 0)
-    append(run / "eval.jsonl", [{"step": config.steps} | after])
+        done = step + 1
+        if config.eval_every and done % config.eval_every == 0 and done < config.steps:
+            keep_evaluation(run, rollout, test[:64], done)
+        if done % config.save_every == 0 or done == config.steps:
+            save_checkpoint(run, done, model, chat, optimizer)
+    episodes = keep_evaluation(run, rollout, test, config.steps)
     summary(run, episodes)
+
+
+def keep_evaluation(run: Path, rollout: Rollout, problems, step: int) -> list[Episode]:
+    report, episodes = evaluate(rollout, problems, 0)
+    append(run / "eval.jsonl", [{"step": step} | report])
+    first, second = percent(report["first_try"]), percent(report["second_try"])
+    print(f"held out, step {step}: first try {first}, second try {second}", flush=True)
+    return episodes
 
 
 # ---- failures ----
@@ -94,7 +102,21 @@ def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
             failures.append(Episode(problem, row["group"], attempt, verdict))
     print(f"failure pool: {len(failures)} failures in {len(rows)} attempts ({path})")
     check(failures, "the model failed at none of these problems: choose harder ones.")
+    if not (run / "eval.jsonl").exists():  # said once, before hours are spent
+        say_what_to_expect(rollout, failures[: min(64, config.sample_rows)])
     return in_training_order(failures, config)
+
+
+def say_what_to_expect(rollout: Rollout, failures: list[Episode]):
+    """Without retries that succeed there is no reward and nothing to learn from."""
+    generator = seeded(rollout.model, "what to expect")
+    tries, cache = rollout.reflect(failures, rollout.reread(failures), 1, generator)
+    tries, _ = rollout.retry(tries, cache, 1, generator)
+    mended = sum(map(is_mended, tries))
+    n = len(tries)
+    print(f"a reflection mends {mended} of the first {n} failures", flush=True)
+    if mended < n / 32:
+        print("That is next to no signal: take an easier --difficulty or a larger --model.")
 
 
 def build_pool(path: Path, rollout: Rollout, config: Config):
@@ -139,9 +161,7 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
     n, first_try = config.batch_size, None
     if schedule:
         attempts = schedule[step * n : (step + 1) * n]
-        conversations = [e.attempt.prompt_ids + e.attempt.ids for e in attempts]
-        cache = rollout.read(conversations, rollout.room)
-        rows = range(n)
+        cache, rows = rollout.reread(attempts), range(n)
     else:  # fresh problems, twice as many
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
         generator = seeded(rollout.model, config.seed, "attempt", step)
@@ -206,8 +226,8 @@ class MasterAdamW:
     @staticmethod
     def collect(master, p):
         """Called in the backward pass, as soon as a weight's gradient is there."""
-        grad = p.grad.to(master.device, torch.float32)
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
+        grad = p.grad.to(master.device)  # in the weight's dtype: half the traffic
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
         p.grad = None
 
     @torch.no_grad()

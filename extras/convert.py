@@ -17,7 +17,7 @@ from pathlib import Path
 from config import plain_errors
 from model import UserError, check, explain
 from tasks import load_rows
-from tasks.function_calling import judge
+from tasks.function_calling import first_choice, judge
 
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
@@ -78,19 +78,6 @@ def problem_of(row: dict, truths: dict) -> dict:
     if not judge(problem, calls).ok:
         raise Unusable("its own answer does not pass")
     return problem
-
-
-def first_choice(accepted):
-    """A plain value that is right: the reverse of one_choice."""
-    if isinstance(accepted, list):
-        return [first_choice(value) for value in accepted]
-    if not isinstance(accepted, dict):
-        return accepted
-    value = {}
-    for key, choices in accepted.items():
-        present = [choice for choice in choices if choice != ""]
-        value[key] = first_choice(present[0]) if present else ""
-    return value
 
 
 def clean(arguments: dict, schema: dict) -> None:

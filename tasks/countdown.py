@@ -4,6 +4,7 @@
 """
 
 import ast
+import itertools
 import operator
 import random
 import re
@@ -68,6 +69,11 @@ class Countdown(Task):
         )
         return [{"role": "user", "content": content}]
 
+    def answer(self, problem):
+        terms = [(Fraction(n), str(n)) for n in problem["nums"]]
+        found = search(terms, problem["target"])
+        return found and f"<answer>{found}</answer>"
+
     def verify(self, problem, text):
         """The last <answer> counts; it may claim its value, and typeset its operators."""
         nums, target = problem["nums"], problem["target"]
@@ -107,6 +113,24 @@ def value_of(node: ast.expr) -> Fraction:
     binary = isinstance(node, ast.BinOp)
     operands = [node.left, node.right] if binary else [node.operand]
     return OPERATORS[type(node.op)](*map(value_of, operands))
+
+
+def search(terms, target):
+    """An expression of this value, of terms (value, text): joins two, and goes on."""
+    if len(terms) == 1:
+        return terms[0][1] if terms[0][0] == target else None
+    for i, j in itertools.permutations(range(len(terms)), 2):
+        (a, left), (b, right) = terms[i], terms[j]
+        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
+        results = {"+": a + b, "-": a - b, "*": a * b}
+        if b:
+            results["/"] = a / b
+        for symbol, value in results.items():
+            joined = (value, f"({left}{symbol}{right})")
+            found = search([joined, *rest], target)
+            if found:
+                return found
+    return None
 
 
 def problem_of(nums, target):

@@ -64,6 +64,14 @@ class FunctionCalling(Task):
         content += f"\n\nRequest: {last['content']}\n\n{ANSWER}"
         return [*before, {"role": "user", "content": content}]
 
+    def answer(self, problem):
+        blocks = []
+        for call in problem["answers"]:
+            plain = call | {"arguments": first_choice(call["arguments"])}
+            text = json.dumps(plain, ensure_ascii=False)
+            blocks.append(f"<tool_call>\n{text}\n</tool_call>")
+        return "\n".join(blocks)
+
     def verify(self, problem, text):
         try:
             return judge(problem, read_calls(text))
@@ -116,6 +124,19 @@ def judge(problem, calls):
         return Verdict(True)
     nearest = max(left, key=lambda call: call["name"] == missing["name"])
     return compare(missing, nearest, schemas)
+
+
+def first_choice(accepted):
+    """A plain value that is right."""
+    if isinstance(accepted, list):
+        return [first_choice(value) for value in accepted]
+    if not isinstance(accepted, dict):
+        return accepted
+    value = {}
+    for key, choices in accepted.items():
+        present = [choice for choice in choices if choice != ""]
+        value[key] = first_choice(present[0]) if present else ""
+    return value
 
 
 def count_accepted(answer):

@@ -470,7 +470,7 @@ class Step:
     """A training step of the program, again and again, on random failures and with turns of
     fixed lengths: there is no stop id."""
 
-    def __init__(self, model: Decoder, chat: Chat, options):
+    def __init__(self, model: Decoder, chat: Chat, options, optimizer_device="same"):
         self.pool = random_failures(options.failures, options, model.config.vocab_size)
         self.config = Config(
             batch_size=options.failures,
@@ -481,6 +481,7 @@ class Step:
             sample_rows=options.failures * options.group,
             micro_batch_tokens=options.micro,
             checkpointing=options.checkpointing,
+            optimizer_device=optimizer_device,
             device=options.device,
             dtype=options.dtype,
             seed=options.seed,

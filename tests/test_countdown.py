@@ -173,6 +173,15 @@ def test_problems_fit_the_published_set(difficulty):
         )
 
 
+@pytest.mark.parametrize("difficulty", ["3x12", "3-4x99"])
+def test_the_known_answer_is_one_that_verify_accepts(difficulty):
+    """The ceiling of eval.py. Prevents: a wrong answer that is taken for the best hint."""
+    task = get_task("countdown", "", difficulty)
+    for problem in task.problems("test", 100, 0):
+        assert task.verify(problem, task.answer(problem)).ok
+    assert task.answer({"nums": [1, 1, 1], "target": 50}) is None
+
+
 def test_permutations_share_a_key_and_a_small_difficulty_ends():
     """Prevents: one problem in both splits; a search that never ends."""
     rows = Countdown(difficulty="3x5").problems(

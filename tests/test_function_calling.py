@@ -258,6 +258,14 @@ def test_unknown_difficulty_is_refused_by_name():
         FunctionCalling(difficulty="extreme")
 
 
+@pytest.mark.parametrize("difficulty", ["easy", "normal", "hard"])
+def test_the_known_answer_is_one_that_verify_accepts(difficulty):
+    """The ceiling of eval.py. Prevents: a wrong answer that is taken for the best hint."""
+    task = get_task("function_calling", "", difficulty)
+    for problem in task.problems("test", 200, 0):
+        assert task.verify(problem, task.answer(problem)).ok
+
+
 def test_messages_hold_the_tools_once(task, problems):
     problem = problems[0]
     before = copy.deepcopy(problem)

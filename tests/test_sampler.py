@@ -243,7 +243,7 @@ def test_the_seed_repeats_a_run_and_another_seed_does_not():
 
 def test_overrunning_the_context_is_refused_before_anything_is_sampled():
     model = random_model()
-    with pytest.raises(UserError, match="only for 512"):  # its context
+    with pytest.raises(UserError, match="only 512"):  # its context
         KVCache(model, 2, 600).extend([[1] * 513, [1]])
     cache = KVCache(model, 2, 64)
     cache.extend([[1] * 60, [1]])

@@ -2,6 +2,7 @@
 refusal."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -21,12 +22,13 @@ from conftest import ROOT, close
 import eval as evaluation
 import rrr
 import train
-from config import Config, parse
+from config import Config, open_model, parse
 from model import UserError
 from tasks import get_task
 
 QUICK = "--steps 3 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 12".split()
 QUICK += "--save_every 2 --lr 1e-3 --sample_rows 16 --reflection_tokens 24".split()
+QUICK += "--eval_every 2".split()
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +233,8 @@ def test_a_step_without_failures_goes_on(monkeypatch):
         assert row["groups"] == row["trained_tokens"] == 0 and "loss" not in row
     start = safetensors.torch.load_file(ROOT / "tiny" / "model.safetensors")
     assert all(torch.equal(w, start[name]) for name, w in weights("r").items())
-    before, after = rows("r/eval.jsonl")
+    before, between, after = rows("r/eval.jsonl")
+    assert [row["step"] for row in (before, between, after)] == [0, 2, 3]
     assert before["first_try"]["rate"] == 1 and after["retry_success"] is None
 
 
@@ -497,6 +500,7 @@ def test_evaluation_with_controls(capsys):
     report = json.loads(Path("a/eval.json").read_text())["report"]
     controls = report["controls"]
     names = {"no reflection", "generic reflection", "another's reflection"}
+    names |= {"the right answer"}
     assert set(controls) == names
     first, second = report["first_try"]["rate"], report["second_try"]["rate"]
     assert first <= second
@@ -510,6 +514,38 @@ def test_evaluation_with_controls(capsys):
     evaluation.main(["--eval_n", "40", "--temperature", "0", "--out", "b"])
     short = ["--reflection_tokens", "4"]  # shorter than the generic reflection
     evaluation.main(["--eval_n", "8", *short, "--out", "c"])
+
+
+@pytest.mark.parametrize("mended", [0, 1])
+def test_what_to_expect_is_said_before_hours_are_spent(mended, monkeypatch, capsys):
+    """Once, after the pool. Prevents: a run of hours in which no retry succeeds."""
+    calls = itertools.count()
+    monkeypatch.setattr(train, "is_mended", lambda episode: next(calls) < mended)
+    train.main([*QUICK, "--steps", "0", "--out", "r"])
+    out = capsys.readouterr().out
+    assert f"a reflection mends {mended} of the first 12 failures" in out
+    assert ("next to no signal" in out) == (mended == 0)
+    Path("r/eval.jsonl").write_text("")  # as of a run that has begun
+    train.main(["--resume", "r"])
+    assert "a reflection mends" not in capsys.readouterr().out
+
+
+def test_tools_in_words_whatever_the_template_has(tmp_path):
+    """--tools words. Prevents: an option that only a template without tools obeys."""
+    folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "m"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = settings["chat_template"]
+    with_tools = "{% for tool in tools or [] %}NATIVE {{ tool | tojson }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(with_tools + template)
+    texts = {}
+    for tools in ("auto", "words"):
+        options = ["--model", str(folder), "--task", "function_calling", "--tools", tools]
+        config, _ = parse(options, "", "eval.py")
+        model, chat, task = open_model(config)
+        rollout = rrr.Rollout(model, chat, task, config)
+        texts[tools] = chat.decode(rollout.prompt(task.problems("test", 1, 0)[0]))
+    assert "NATIVE" in texts["auto"] and "You can call these tools" not in texts["auto"]
+    assert "NATIVE" not in texts["words"] and "You can call these tools" in texts["words"]
 
 
 def test_intervals_are_wilsons():
