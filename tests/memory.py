@@ -3,7 +3,7 @@
     python tests/memory.py            README's table: models, options and GB on one GPU
     python tests/memory.py --check    four small steps on a CPU, against the count
 
-A run itself prints at its end what it took. GB are 10**9 bytes.
+A run writes what it took into metrics.jsonl (memory_gb). GB are 10**9 bytes.
 """
 
 import sys
