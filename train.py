@@ -266,7 +266,7 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
     return {
         "step": step + 1,  # counts from 1
-        "lr": learning_rate(step, config),  # now
+        "lr": learning_rate(step, config),  # cosine
         "reward": reward,  # mean of all episodes
         "first_try": first_try,  # null with a pool
         "second_try": second_try,  # by either try
@@ -275,7 +275,7 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
         "reflection_tokens": mean_length(reflections),  # stop token included
         "truncated_attempt": share_cut(attempts),  # share that were cut at their cap
         "truncated_reflection": share_cut(reflections),  # the same of reflections
-        "truncated_retry": share_cut(retries),  # too
+        "truncated_retry": share_cut(retries),  # cut
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
         "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
         "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
