@@ -1,5 +1,7 @@
 """The road on a GPU, without one: run by test_gpu_road.py in a process of its own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import random_model
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import eval as evaluation
 import rrr
 import train
-from config import seeded
+from config import Config, seeded
 from extras import cuda_graphs
 from sampler import DecodingState, KVCache
 from train import read_rows
@@ -163,3 +165,27 @@ def test_a_run_gives_what_it_gives_on_the_cpu(graphs, monkeypatch, tmp_path):
         metrics = read_rows(tmp_path / device / "metrics.jsonl")
         losses[device] = [row["loss"] for row in metrics if "loss" in row]
     assert losses["cpu"] and losses["gpu"] == pytest.approx(losses["cpu"], abs=1e-5)
+
+
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_masters_on_either_device_step_as_on_the_cpu(device):
+    """bfloat16 weights, gradients of two micro-batches handed over, a step. Prevents:
+    masters that meet their gradients on another device."""
+    config = Config(optimizer_device=device, lr=1e-2)
+    models = [random_model().bfloat16(), random_model().bfloat16()]
+    weights = []
+    for model, where in zip(models, ("cpu", "cuda")):
+        with GPU if where == "cuda" else nullcontext():
+            model = model.to(where)
+            optimizer = train.MasterAdamW(model.parameters(), config)
+            expected = "cpu" if device == "cpu" else where
+            assert {m.device.type for m in optimizer.masters} == {expected}
+            for seed in (1, 2):
+                draws = torch.Generator().manual_seed(seed)
+                for p, master in zip(optimizer.parameters, optimizer.masters):
+                    grad = torch.randn(p.shape, generator=draws).bfloat16()
+                    p.grad = grad.to(where)
+                    optimizer.collect(master, p)
+            assert optimizer.step(1e-2, 1.0) is not None
+            weights.append([p.detach().cpu().float().tolist() for p in model.parameters()])
+    assert weights[0] == weights[1]
