@@ -144,7 +144,7 @@ def main(argv=None):
         config, _ = parse(sys.argv[1:] if argv is None else argv, __doc__, "eval.py")
         model, chat, task = open_model(config)
         rollout = Rollout(model, chat, task, config)
-        problems = task.problems("test", config.eval_n, 0)  # the same for every seed
+        problems = rollout.fitting(task.problems("test", config.eval_n, 0))
         report, episodes = evaluate(rollout, problems, config.seed, controls=True)
 
         folder = Path(config.model)

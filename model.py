@@ -384,9 +384,10 @@ class Chat:
     def __init__(self, folder: Path):
         paths = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
         self.files = {path.name: path.read_bytes() for path in paths}
-        settings = read_json(folder / "tokenizer_config.json", optional=True)
+        settings = read_json(folder / "special_tokens_map.json", optional=True)
+        settings |= read_json(folder / "tokenizer_config.json", optional=True)
         tokens = {}  # templates may write them
-        for key in ("bos_token", "eos_token"):
+        for key in ("bos_token", "eos_token", "pad_token"):
             if token := settings.get(key):
                 tokens[key] = token["content"] if isinstance(token, dict) else token
         with explain(f"{folder}: tokenizer.json or chat template is damaged", Exception):
@@ -410,13 +411,20 @@ class Chat:
             ids = read_json(folder / name, optional=True).get("eos_token_id")
             stops.update(ids if isinstance(ids, list) else [ids])
         self.stop_ids = frozenset(stops - {None})
+        check(self.stop_ids, f"{folder}: no token ends a turn; take a model made for chat.")
+        # All other special tokens (<answer>, </think>, <tool_call>) are for the verifier.
+        silent = {self.tokenizer.token_to_id(token) for token in tokens.values()}
+        self.silent_ids = self.stop_ids | silent
+        header = self.render([{"role": "user", "content": "x"}])
+        self.thinks = header.rstrip().endswith("<think>")  # each turn begins by thinking
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written in the text count as such; none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        ids = [i for i in ids if i not in self.silent_ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def prompt(self, messages: list[dict], tools=None) -> list[int]:
         """Messages ({"role", "content"}), tools (JSON schemas) and the next header."""

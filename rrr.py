@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from model import Chat, Decoder, attention, check
+from model import Chat, Decoder, UserError, attention, check
 from sampler import KVCache, Sampled
 
 
@@ -112,6 +112,21 @@ class Rollout:
         check(longest <= self.model.context, f"{found}: {hint}.")
         return ids
 
+    def fitting(self, problems: list[dict]) -> list[dict]:
+        """The problems without those that `prompt` refuses. UserError if it refuses all."""
+        fits, refusal = [], None
+        for problem in problems:
+            try:
+                self.prompt(problem)
+                fits.append(problem)
+            except UserError as error:
+                refusal = error
+        if refusal and not fits:
+            raise refusal
+        if refusal:
+            print(f"{len(problems) - len(fits)} of {len(problems)} left out: {refusal}")
+        return fits
+
     def attempt(self, problems, generator):
         """First answers to the problems, verified; problem i begins group i."""
         prompts = [self.prompt(problem) for problem in problems]
@@ -184,7 +199,8 @@ class Rollout:
         return turns
 
     def verify(self, problem, turn) -> dict:
-        return asdict(self.task.verify(problem, turn.text))
+        text = "<think>" + turn.text if self.chat.thinks else turn.text
+        return asdict(self.task.verify(problem, text))
 
 
 def repeat(items: list, n: int) -> list:

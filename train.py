@@ -39,7 +39,7 @@ def train(run: Path, config: Config):
     optimizer = MasterAdamW(model.parameters(), config)
     start = restore(run, checkpoint, optimizer)
     rollout = Rollout(model, chat, task, config)
-    test = task.problems("test", config.eval_n, 0)  # the same for every seed
+    test = rollout.fitting(task.problems("test", config.eval_n, 0))  # for every seed
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
     if not config.resume:  # only now: a start that was refused leaves nothing behind
         with explain(f"{run} cannot be written", OSError):
@@ -122,7 +122,7 @@ def say_what_to_expect(rollout: Rollout, failures: list[Episode]):
 def build_pool(path: Path, rollout: Rollout, config: Config):
     """Attempts, appended batch by batch; an interrupted pool goes on where it stood."""
     problems = rollout.task.problems("train", config.pool_problems, config.seed)
-    todo = rrr.repeat(problems, config.pool_attempts)
+    todo = rrr.repeat(rollout.fitting(problems), config.pool_attempts)
     rows = read_rows(path)
     end = 0
     for i, batch in enumerate(chunks(todo, config.sample_rows)):
@@ -165,7 +165,7 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
     else:  # fresh problems, twice as many
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
         generator = seeded(rollout.model, config.seed, "attempt", step)
-        attempts, cache = rollout.attempt(problems, generator)
+        attempts, cache = rollout.attempt(rollout.fitting(problems), generator)
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         first_try = 1 - len(rows) / len(attempts)
         rows = rows[:n]

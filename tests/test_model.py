@@ -199,6 +199,42 @@ def test_config_asks_for_more_than_the_decoder_does_and_gets_garbage(
     assert word in sentence and "config.json" in sentence
 
 
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[U]{{ m.content }}[A]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_special_tokens_map_is_read(tmp_path):
+    """f08: older folders name bos and eos there alone. Prevents: turns without an end."""
+    write_chat(write_config(tmp_path / "m"), BRACKETS)
+    settings = tmp_path / "m" / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": BRACKETS}))
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "m" / name).unlink(missing_ok=True)
+    assert "no token ends a turn" in refusal(Chat, tmp_path / "m")
+    names = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "m" / "special_tokens_map.json").write_text(json.dumps(names))
+    chat = Chat(tmp_path / "m")
+    ids = chat.prompt([{"role": "user", "content": "hi"}])
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == "<|im_start|>[U]hi[A]"
+    assert chat.stop_ids == {chat.tokenizer.token_to_id("<|im_end|>")}
+
+
+def test_special_tokens_of_an_answer_reach_the_verifier(tmp_path):
+    """f02: in some tokenizers <answer> and </think> are special. Prevents: an answer that
+    no verifier ever sees, and thoughts that count."""
+    write_chat(write_config(tmp_path / "m"), CHATML)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<answer>", "</answer>", "<think>", "</think>"])
+    tokenizer.save(str(tmp_path / "m" / "tokenizer.json"))
+    chat = Chat(tmp_path / "m")
+    text = "<think>no</think><answer>3*4+5</answer>"
+    [stop] = chat.stop_ids
+    assert chat.decode([*chat.encode(text), stop]) == text
+
+
 def test_context_beyond_the_model_reads_garbage_positions(folder):
     assert "beyond the 512" in refusal(load, str(folder), context=513)
     decoder, _ = load(str(folder))

@@ -530,6 +530,45 @@ def test_what_to_expect_is_said_before_hours_are_spent(mended, monkeypatch, caps
     assert "a reflection mends" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("failures", ["pool", "online"])
+def test_a_prompt_that_is_too_long_is_left_out(failures, capsys):
+    """f01: one long row. Prevents: a run that ends at it after some steps, and for good."""
+    rows_of_data = []
+    for i in range(60):
+        long = "note: " + "word " * 4000 if i % 10 == 0 else ""
+        tool = {"name": "f", "parameters": {"x": {"type": "int"}}}
+        row = {"query": f"{long}call f with {i}", "tools": json.dumps([tool])}
+        row["answers"] = json.dumps([{"name": "f", "arguments": {"x": i}}])
+        rows_of_data.append(json.dumps(row))
+    Path("d.jsonl").write_text("\n".join(rows_of_data))
+    options = "--task function_calling --data d.jsonl --steps 2 --batch_size 4 --eval_n 9"
+    options += f" --group_size 2 --failures {failures} --kl_beta 0 --out r"
+    options += " --attempt_tokens 8 --reflection_tokens 8 --retry_tokens 8"
+    train.main(options.split())
+    assert len(rows("r/metrics.jsonl")) == 2
+    assert "left out: note: word" in capsys.readouterr().out
+
+
+def test_what_a_template_makes_the_model_think_is_no_answer(tmp_path):
+    """f10: the prompt opens <think>, and the turn is cut. Prevents: a thought that counts
+    as the answer, in both tasks."""
+    folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "m"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = settings["chat_template"].replace("assistant\n", "assistant\n<think>\n")
+    (folder / "chat_template.jinja").write_text(template)
+    config, _ = parse(["--model", str(folder)], "", "eval.py")
+    model, chat, task = open_model(config)
+    assert chat.thinks
+    rollout = rrr.Rollout(model, chat, task, config)
+    problem = {"nums": [3, 4, 5], "target": 17}
+    for text, ok in (
+        ("<answer>3*4+5</answer>", False),
+        ("</think><answer>3*4+5</answer>", True),
+    ):
+        turn = rrr.Turn([], [], False, [], text)
+        assert rollout.verify(problem, turn)["ok"] == ok
+
+
 def test_tools_in_words_whatever_the_template_has(tmp_path):
     """--tools words. Prevents: an option that only a template without tools obeys."""
     folder = Path(shutil.copytree(ROOT / "tiny", tmp_path / "m"))
