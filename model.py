@@ -10,7 +10,7 @@ heads: H / KV neighbouring query heads share a key head.
 
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,8 +378,11 @@ JINJA.globals.update(add_generation_prompt=True, enable_thinking=False)
 
 
 class Chat:
-    """A model's tokenizer and chat template. stop_ids: every id that ends a turn.
-    native_tools: the template shows tools. No sampled turn is ever encoded again."""
+    """A model's tokenizer and chat template. stop_ids: every id that ends a turn. thinks:
+    the template begins each turn by thinking. native_tools: it shows tools, as a marked one
+    tells. No sampled turn is ever encoded again."""
+
+    native_tools = False
 
     def __init__(self, folder: Path):
         paths = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
@@ -399,7 +402,6 @@ class Chat:
             self.template = JINJA.from_string(text, globals=tokens)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.native_tools = "tools" in text
         # What ends a turn: the first special token that the template writes behind one.
         self.end_of_turn = None
         special = self.tokenizer.get_added_tokens_decoder()
@@ -415,8 +417,12 @@ class Chat:
         # All other special tokens (<answer>, </think>, <tool_call>) are for the verifier.
         silent = {self.tokenizer.token_to_id(token) for token in tokens.values()}
         self.silent_ids = self.stop_ids | silent
-        header = self.render([{"role": "user", "content": "x"}])
-        self.thinks = header.rstrip().endswith("<think>")  # each turn begins by thinking
+        user = [{"role": "user", "content": "x"}]
+        self.thinks = self.render(user).rstrip().endswith("<think>")  # as each turn begins
+        marked = {"name": "MARKED", "description": "", "parameters": {}}
+        with suppress(UserError):  # a template may refuse all tools
+            tools = [{"type": "function", "function": marked}]
+            self.native_tools = "MARKED" in self.render(user, tools)
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written in the text count as such; none is added."""

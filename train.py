@@ -8,8 +8,8 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 import rrr
@@ -28,7 +29,8 @@ from rrr import Episode, Rollout, Turn, make_batches, trained_logps
 
 def train(run: Path, config: Config):
     """Collects failures, evaluates, trains, evaluates again. Goes on where `run` stands."""
-    checkpoint = last_checkpoint(run)
+    drop_old_checkpoints(run)  # of a run that was killed before it could
+    checkpoint = next(iter(checkpoints(run)), None)
     source = str(checkpoint or config.model)
     model, chat, task = open_model(replace(config, model=source))
     model.checkpointing = config.checkpointing
@@ -41,10 +43,6 @@ def train(run: Path, config: Config):
     rollout = Rollout(model, chat, task, config)
     test = rollout.fitting(task.problems("test", config.eval_n, 0))  # for every seed
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
-    if not config.resume:  # only now: a start that was refused leaves nothing behind
-        with explain(f"{run} cannot be written", OSError):
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "config.json").write_text(json.dumps(asdict(config), indent=2))
     print(f"{'resuming' if config.resume else 'writing'} {run}", flush=True)
     schedule = None
     if config.failures == "pool":
@@ -78,6 +76,7 @@ def train(run: Path, config: Config):
 
 
 def keep_evaluation(run: Path, rollout: Rollout, problems, step: int) -> list[Episode]:
+    """Evaluates, appends the report to RUN/eval.jsonl and says it in a line."""
     report, episodes = evaluate(rollout, problems, 0)
     append(run / "eval.jsonl", [{"step": step} | report])
     first, second = percent(report["first_try"]), percent(report["second_try"])
@@ -284,15 +283,20 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     }
 
 
-def peak_memory() -> float:
+def peak_memory() -> float | None:
     """GB: what PyTorch reserved on the GPU, or else the process's resident memory."""
-    n = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if torch.cuda.is_available():
-        n = torch.cuda.max_memory_reserved()
-    return round(n / 1e9, 2)
+        return round(torch.cuda.max_memory_reserved() / 1e9, 2)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return round(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9, 2)
 
 
 def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
+    """To the files, and a line to the terminal."""
     append(run / "metrics.jsonl", [metrics])
     step = metrics["step"]
     append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
@@ -320,23 +324,39 @@ def summary(run: Path, episodes: list[Episode]):
 # ---- checkpoints and files ----
 def save_checkpoint(run: Path, step: int, model, chat, optimizer):
     """RUN/step-NNNNNN, renamed when it is whole. Then the one before it goes."""
-    final, beside, old = run / f"step-{step:06}", run / "writing", last_checkpoint(run)
+    final, beside = run / f"step-{step:06}", run / "writing"
     shutil.rmtree(beside, ignore_errors=True)
     hint = f"step {step} cannot be saved: make room, then --resume {run}"
     try:  # for a full disk torch.save has a RuntimeError
         with explain(hint, OSError, RuntimeError, UserError):
             save(model, chat, beside)
             torch.save({"step": step} | optimizer.state(), beside / "state.pt")
+            make_durable(beside)
             os.rename(beside, final)
+            make_durable(run)  # before the old one goes
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    if old:
+    drop_old_checkpoints(run)
+
+
+def make_durable(folder: Path):
+    """What is in it, and its list of names, survives a power cut."""
+    if os.name == "posix":  # Windows opens no folder
+        for path in [*folder.iterdir(), folder]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """In their order. Only names that are exactly step-NNNNNN are ours."""
+    return sorted(run.glob("step-" + 6 * "[0-9]"))
+
+
+def drop_old_checkpoints(run: Path):
+    """All but the newest."""
+    for old in checkpoints(run)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def last_checkpoint(run: Path):
-    """Only names that are exactly step-NNNNNN are ours."""
-    return max(run.glob("step-" + 6 * "[0-9]"), default=None)
 
 
 def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
@@ -368,6 +388,7 @@ def rewrite(path: Path, rows: list[dict]):
     beside = path.with_name("rewriting")
     beside.unlink(missing_ok=True)
     append(beside, rows)
+    make_durable(path.parent)
     os.replace(beside, path)
 
 
@@ -391,8 +412,11 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
         return run, replace(stored, resume=config.resume)
     name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
     run = Path(config.out or name)
-    taken = run.exists() and [*run.glob("*")] != [run / "config.json"]
-    check(not taken, f"{run} exists: --resume {run}, or choose another --out.")
+    check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
+    with explain(f"{run} cannot be written", OSError):
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        make_durable(run)
     return run, config
 
 
@@ -405,7 +429,16 @@ def main(argv=None):
         online = config.pool and config.failures == "online"
         check(not online, "--pool is for --failures pool; online takes fresh problems.")
         run, config = open_run(config, given)
-        train(run, config)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        lock = FileLock(run / "lock", timeout=0)
+        with explain(f"another process writes {run}: wait for its end", TimeoutError):
+            lock.acquire()
+        try:
+            train(run, config)
+        finally:
+            lock.release()
+            if set(os.listdir(run)) <= {"config.json", "lock"}:
+                shutil.rmtree(run)  # nothing has happened
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from config import plain_errors
 from model import UserError, check, explain
-from tasks import load_rows
+from tasks import load_rows, without_surrogates
 from tasks.function_calling import first_choice, judge
 
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
@@ -104,9 +104,10 @@ def one_choice(value):
 def read_json(value):
     """Without the nulls that Arrow and parquet write for keys that only other rows have."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return json.loads(
+    rows = json.loads(
         text, object_pairs_hook=lambda row: {k: v for k, v in row if v is not None}
     )
+    return without_surrogates(rows)
 
 
 def tool_of(function: dict) -> dict:

@@ -78,6 +78,11 @@ def without_thinking(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
+def without_surrogates(rows):
+    """Half an emoji, which JSON may hold, cannot be encoded: it becomes a question mark."""
+    return json.loads(json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def load_rows(data: str) -> list[dict]:
     """The rows of a JSON, JSON Lines or .parquet file, or of one in a hub dataset."""
     path = Path(data)
@@ -96,7 +101,7 @@ def load_rows(data: str) -> list[dict]:
             if not text.lstrip().startswith("["):  # a row on each line, as errors name it
                 lines = text.split("\n")  # not splitlines(): a string may hold U+2028
                 text = "[" + ",\n".join(filter(str.strip, lines)) + "]"
-            rows = json.loads(text)
+            rows = without_surrogates(json.loads(text))
     check(rows, f"the file {data} is empty.")
     for number, row in enumerate(rows, 1):
         check(isinstance(row, dict), f"{data}, row {number} is no object: {row!r:.40}.")

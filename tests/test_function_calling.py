@@ -266,6 +266,23 @@ def test_the_known_answer_is_one_that_verify_accepts(difficulty):
         assert task.verify(problem, task.answer(problem)).ok
 
 
+@pytest.mark.parametrize("where", ["the request", "a tool"])
+def test_half_an_emoji_is_read(tmp_path, tiny_chat, where):
+    """f09: JSON may hold a lone surrogate, which nothing can encode. Prevents: a traceback,
+    at load or in the middle of a run."""
+    tool = {"name": "f", "parameters": {"x": {"type": "int"}}}
+    tool["description"] = "d \ud83d" if where == "a tool" else "d"
+    row = {"query": "hello \ud83d" if where == "the request" else "hello"}
+    row |= {"tools": json.dumps([tool])}
+    row |= {"answers": json.dumps([{"name": "f", "arguments": {"x": 1}}])}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    task = get_task("function_calling", str(tmp_path / "d.jsonl"))
+    [problem] = task.problems("train", 9, 0) + task.problems("test", 9, 0)
+    text = tiny_chat.decode(tiny_chat.prompt(task.messages(problem)))
+    assert ("hello ?" in text) == (where == "the request")
+    assert ("d ?" in text) == (where == "a tool")
+
+
 def test_messages_hold_the_tools_once(task, problems):
     problem = problems[0]
     before = copy.deepcopy(problem)

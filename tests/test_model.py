@@ -594,7 +594,10 @@ def test_prompt_lacks_the_assistants_header(tmp_path):
     chat = chat_of(tmp_path)
     ids = chat.prompt(USER)
     assert text_of(chat, ids) == "<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n"
-    assert ids[0] == 257 and chat.decode(ids) == "user\n2+3?\nassistant\n"
+    # What is decoded for people and verifiers lacks only what begins, ends or pads.
+    assert ids[0] == 257 and chat.decode(ids) == text_of(chat, ids).replace(
+        "<|im_end|>", ""
+    )
 
 
 def test_end_of_turn_is_doubled_or_lost(tmp_path):
@@ -670,6 +673,21 @@ def test_template_in_a_file_of_its_own_wins(tmp_path):
     folder = write_config(write_chat(tmp_path / "c", "{{ broken"))
     (folder / "chat_template.jinja").write_text(CHATML)
     assert Chat(folder).prompt(USER) == chat_of(tmp_path / "other").prompt(USER)
+
+
+TURN = "{{ m.role }}: {{ m.content }}<|im_end|>\n"
+OF_THE_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' and 'tools' in m %}"
+    "{{ m['tools'] }}<|im_end|>{% else %}" + TURN + "{% endif %}{% endfor %}"
+)
+IN_A_REMARK = "{# no tools here #}{% for m in messages %}" + TURN + "{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [OF_THE_SYSTEM, IN_A_REMARK])
+def test_tools_are_promised_but_not_shown(tmp_path, template):
+    """f07: the word stands in the template, but no tool in the prompt. Prevents: a model
+    that is asked to call what it never saw."""
+    assert not chat_of(tmp_path, template).native_tools
 
 
 def test_tools_are_escaped_for_html(tmp_path):

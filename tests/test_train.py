@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, close
+from filelock import FileLock
 
 import eval as evaluation
 import rrr
@@ -177,7 +178,8 @@ def test_steps_0_builds_the_pool_and_nothing_else(capsys):
     failures only."""
     train.main([*QUICK, "--steps", "0", "--out", "p"])
     out = capsys.readouterr().out
-    assert {path.name for path in Path("p").iterdir()} == {"config.json", "pool.jsonl"}
+    files = {path.name for path in Path("p").iterdir()}
+    assert files == {"config.json", "pool.jsonl", "lock"}
     attempts, task = rows("p/pool.jsonl"), get_task("countdown")
     right = [task.verify(e["problem"], e["attempt"]["text"]).ok for e in attempts]
     assert len(attempts) == 24 and 0 < sum(right) < 24
@@ -204,11 +206,11 @@ def test_a_pool_of_other_prompts_is_refused(monkeypatch, capsys):
     Path("empty.jsonl").write_text("")
     for name in ("rows", "text", "empty", "nowhere"):
         said = refusal(capsys, train.main, ["--pool", f"{name}.jsonl", "--out", "r"])
-        assert f"{name}.jsonl" in said and os.listdir("r") == ["config.json"]
+        assert f"{name}.jsonl" in said and not Path("r").exists()
     pool = ["--pool", "p/pool.jsonl", "--out", "r"]
     other = ["--task", "function_calling", "--difficulty", "easy"]
     said = refusal(capsys, train.main, [*pool, *other])
-    assert "p/pool.jsonl" in said and os.listdir("r") == ["config.json"]
+    assert "p/pool.jsonl" in said and not Path("r").exists()
     task = type(get_task("countdown"))
     messages = task.messages
 
@@ -218,7 +220,7 @@ def test_a_pool_of_other_prompts_is_refused(monkeypatch, capsys):
 
     monkeypatch.setattr(task, "messages", other_words)
     said = refusal(capsys, train.main, pool)
-    assert "another model, task or prompt" in said and os.listdir("r") == ["config.json"]
+    assert "another model, task or prompt" in said and not Path("r").exists()
 
 
 def test_a_step_without_failures_goes_on(monkeypatch):
@@ -406,10 +408,7 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_left(options, words, 
         assert word in said, said
     assert "Traceback" not in said
     assert Path("taken/mine.txt").read_text() == "precious"
-    # A folder with nothing but config.json is one that the same command takes again.
-    left = {path.name for path in Path(".").iterdir()} | {
-        path.name for path in Path("runs").glob("*") if os.listdir(path) != ["config.json"]
-    }
+    left = {path.name for path in [*Path(".").iterdir(), *Path(".").glob("runs/*")]}
     assert left <= {"bad.jsonl", "taken", "file", "runs"}, left
 
 
@@ -528,6 +527,36 @@ def test_what_to_expect_is_said_before_hours_are_spent(mended, monkeypatch, caps
     Path("r/eval.jsonl").write_text("")  # as of a run that has begun
     train.main(["--resume", "r"])
     assert "a reflection mends" not in capsys.readouterr().out
+
+
+def test_two_processes_on_one_run_and_an_old_checkpoint(whole, capsys):
+    """Prevents: logs that two write to; a checkpoint that a killed run left for ever."""
+    train.main([*QUICK, "--steps", "2", "--out", "r"])
+    shutil.copytree("r/step-000002", "r/step-000001")
+    with FileLock("r/lock"):
+        said = refusal(capsys, train.main, ["--resume", "r"])
+    assert "another process writes r" in said
+    train.main(["--resume", "r"])
+    assert [path.name for path in Path("r").glob("step-*")] == ["step-000002"]
+
+
+def test_sigterm_ends_as_ctrl_c_does(tmp_path):
+    """One sentence, a non-zero exit, and the run goes on. Prevents: a traceback, or a run
+    that a cluster's end has lost."""
+    options = [*QUICK, "--out", str(tmp_path / "r")]
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith(b"failure pool"):
+            break
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert (
+        said.decode() == "train.py: stopped. A run that was begun goes on with --resume.\n"
+    )
+    train.main(["--resume", str(tmp_path / "r")])
+    assert len(rows(tmp_path / "r" / "metrics.jsonl")) == 3
 
 
 @pytest.mark.parametrize("failures", ["pool", "online"])
