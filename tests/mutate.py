@@ -21,8 +21,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "the mask is shifted by one",
         "rrr.py",
-        "ids[P + 1 :], mask[P + 1 :]",
-        "ids[P + 1 :], mask[P:-1]",
+        "mask, logps = mask[P + 1 :], logps[P + 1 :]",
+        "mask, logps = mask[P:-1], logps[P + 1 :]",
     ),
     (
         "the stop token is not trained",
