@@ -172,7 +172,7 @@ def open_model(config: Config):
     if config.dtype == "bfloat16":
         # Fast, and exact: what is multiplied in float32 are bfloat16 factors.
         torch.set_float32_matmul_precision("medium")
-    # It plans anew, up to seconds, for each shape, and each micro-batch has another.
+    # cuDNN's attention plans anew, up to seconds, for the shape of each micro-batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype)
     model, chat = load(config.model, config.device, dtype, config.context)

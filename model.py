@@ -58,7 +58,7 @@ def rope_tables(config, n: int):
     """cos and sin, (n, D) float32, of the angles position * rope_theta ** (-2i / D) for
     i < D/2, twice: once for each half of a head (RoFormer, arXiv 2104.09864)."""
     D, scale = config.head_dim, 1.0
-    periods = config.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,), of 2 pi
+    periods = config.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,), in 2 pi
     frequencies = 1 / periods
     if config.rope_type == "llama3":
         # Slow frequencies are divided by factor, fast ones kept, the rest is blended.
@@ -379,8 +379,8 @@ JINJA.globals.update(add_generation_prompt=True, enable_thinking=False)
 
 class Chat:
     """A model's tokenizer and chat template. stop_ids: every id that ends a turn. thinks:
-    the template begins each turn by thinking. native_tools: it shows tools, as a marked one
-    tells. No sampled turn is ever encoded again."""
+    the template opens <think> itself. native_tools: it prints the tools that it is given
+    (tried with one named MARKED). No sampled turn is ever encoded again."""
 
     native_tools = False
 
@@ -403,7 +403,7 @@ class Chat:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         # What ends a turn: the first special token that the template writes behind one.
-        self.end_of_turn = None
+        self.end_of_turn = None  # glue looks at it
         special = self.tokenizer.get_added_tokens_decoder()
         found = [i for i in self.glue("x") if i in special]
         self.end_of_turn = next(iter(found), None)

@@ -30,8 +30,8 @@ from sampler import KVCache, Sampled
 
 # ---- 1. the method on one screen ----
 def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
-    """Each failure gets G reflections, and each reflection R retries. A reflection's reward
-    is the share of its retries that succeed; siblings are compared with one another."""
+    """Each failure (a row of cache that holds its attempt) gets G reflections, and each of
+    them R retries. Its reward is the share that succeed; siblings are compared."""
     G, R = config.group_size, config.retries_per_reflection
     episodes, cache = rollout.reflect(failures, cache, G, generator)
     episodes, cache = rollout.retry(episodes, cache, R, generator)
@@ -45,7 +45,7 @@ def backward(model, batches, old_logps, ref_logps, config) -> dict[str, float]:
     whose rounding differs. None with one update a batch: then this pass's logps, detached,
     take their place, and the ratio is exactly 1. ref_logps: the reference's, or None."""
     metrics = defaultdict(float)
-    trained_tokens = sum(int(batch.mask.sum()) for batch in batches)
+    trained_tokens = sum(int(batch.mask.sum()) for batch in batches)  # for metrics alone
     for i, batch in enumerate(batches):
         logps = trained_logps(model, batch, config.temperature)  # (N, T)
         old = old_logps[i] if old_logps else logps.detach()  # (N, T)
@@ -254,9 +254,9 @@ def ids_and_mask(episode: Episode, train_on: str = "reflection"):
 @dataclass
 class Batch:
     """N groups, one a row: the prefix that siblings share, run once, then what each has of
-    its own. Segment 0 is the prefix without its last id: that opens each episode's segment
-    1..G, since it predicts the first own id. -1 is padding. `targets` are already shifted:
-    the ids that come next. For a prefix "a b c", reflections "x y." and "z.":
+    its own. The prefix's last id is not in segment 0 but opens each segment 1..G, whose
+    first own id it predicts. -1 is padding. Targets, mask, weights and sampled_logps are
+    shifted: of the id that comes next. For a prefix "a b c", reflections "x y." and "z.":
 
         ids        a b   c x y   c z
         segments   0 0   1 1 1   2 2
@@ -319,7 +319,7 @@ def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
 def make_row(group: list[Episode], tokens: int, episodes: int, config) -> dict[str, list]:
     """A group's row, by the names of Batch: the prefix, then what each episode adds."""
     ids, mask, _ = ids_and_mask(group[0], config.train_on)
-    P = mask.index(True) - 1  # prefix's last id
+    P = mask.index(True) - 1  # of the prefix's last id, the same for all siblings
     row = {"ids": ids[:P], "segments": [0] * P, "positions": list(range(P))}
     row["mask"] = [False] * P
     for name in ("targets", "weights", "sampled_logps", "advantages"):
@@ -365,8 +365,8 @@ def trained_logps(model: Decoder, batch: Batch, temperature: float) -> Tensor:
 
     attend = partial(attention, visible=visible(batch.segments))
     hidden = model(batch.ids, batch.positions, attend)  # (N, T, C)
-    # Only trained positions meet the vocabulary, and no logits are kept: the backward pass
-    # computes them again, chunk by chunk.
+    # Untrained positions drop out here and never meet the vocabulary. No logits are kept:
+    # the backward pass computes them again, chunk by chunk.
     hidden, targets = hidden[batch.mask], batch.targets[batch.mask]  # (M, C), (M,)
     parts = []
     for i in range(0, len(targets), HEAD_CHUNK):
@@ -386,8 +386,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, batch,
         L    = sum of weights * (L_pg + kl_beta * kl)
 
     Returns the loss and, per token, the KL estimate and whether the clip is active. On the
-    first update rho is 1, and L_pg minus the weighted sum of advantages, whatever the model
-    has learnt: its gradient is what counts."""
+    first update rho is 1, so the policy's part of L is -(sum of weights * A), whatever
+    the model has learnt: its gradient is what counts."""
     A = batch.advantages
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -84,7 +84,7 @@ class KVCache:
         self._check_room(max_tokens)
         B = n = len(self.unread)  # n: the working batch, which rows leave as they finish
         uniform = torch.rand(B, max_tokens, generator=generator, device=generator.device)
-        # On a GPU extras/cuda_graphs.py gives the model one that records and replays.
+        # On a GPU extras/cuda_graphs.py has one that records, and holds a cache of its own.
         new_state = getattr(self.model, "decoding_state", DecodingState)
         state = new_state(self, max_tokens)
         state.begin(uniform, stop_ids, temperature)
@@ -103,7 +103,7 @@ class KVCache:
             if n_alive <= 0.9 * n:  # moving rows costs time, too: not for every single one
                 state.move_finished_back(n, n_alive)
                 n = min(n, round_up(n_alive, ROWS_BY[self.device.type]))
-                longest = int(state.cache.lengths[:n_alive].max())
+                longest = int(state.cache.lengths[:n].max())  # finished ones write, too
         state.end()
 
         turns, alive = [], state.alive.tolist()
@@ -159,7 +159,7 @@ class KVCache:
 
         def attend(layer, q, k, v):  # q (b, H, T, D); k, v (b, KV, T, D)
             keys, values = self.keys[layer], self.values[layer]  # (B, KV, S or more, D)
-            keys[index, :, positions] = k.transpose(1, 2)
+            keys[index, :, positions] = k.transpose(1, 2)  # (b, T, KV, D): indices first
             values[index, :, positions] = v.transpose(1, 2)
             # The query heads of one key head become queries of that head: no key is copied.
             q = q.reshape(b * KV, group * T, D)
@@ -218,7 +218,7 @@ class DecodingState:
         ids = self.ids[:n].index_select(1, self.t - 1)  # (n, 1)
         positions = cache.lengths[:n, None]  # (n, 1)
         cache.hidden[:n] = cache.forward(slice(0, n), ids, positions, S)[:, 0]  # (n, C)
-        cache.lengths[:n] += self.alive[:n]
+        cache.lengths[:n] += self.alive[:n]  # a stop id stays unread
         self.draw(n)
 
     def move_finished_back(self, n: int, n_alive: int):

@@ -22,6 +22,10 @@ from tasks.function_calling import first_choice, judge
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
 JSON_TYPES |= {kind: kind for kind in JSON_TYPES.values()}
+JSON_TYPES |= {"none": "null", "null": "null", "nonetype": "null"}
+# What JSON writes for a type; an integer is a number, too.
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
+TYPES |= {"array": [list], "object": [dict], "null": [type(None)]}
 
 
 class Unusable(UserError):
@@ -55,7 +59,7 @@ def problem_of(row: dict, truths: dict) -> dict:
     if "query" in row:
         messages = [{"role": "user", "content": row["query"]}]
         functions = read_json(row["tools"])
-        for call in read_json(row["answers"]):
+        for call in read_json(row["answers"] or "[]"):
             arguments = one_choice(call["arguments"])
             answers.append({"name": call["name"], "arguments": arguments})
     else:
@@ -80,20 +84,78 @@ def problem_of(row: dict, truths: dict) -> dict:
     return problem
 
 
+# ---- what a row wants, held against its tool's schema ----
 def clean(arguments: dict, schema: dict) -> None:
-    """Removes what the tool lacks and may be left out, and that a required one may be."""
+    """Removes what the tool lacks and may be left out, and that a required one may be; what
+    remains is read in the types of the schema. Raises Unusable."""
     required = schema.get("required", [])
     if set(required) - arguments.keys():
         raise Unusable("its answer lacks a required parameter")
     for name, accepted in list(arguments.items()):
-        if name in required and len(accepted) > 1:
-            arguments[name] = [value for value in accepted if value != ""]
-        elif name not in schema["properties"] and "" in accepted:
+        if name in schema["properties"]:
+            spec = schema["properties"][name]
+            arguments[name] = conforming(accepted, spec, name in required)
+        elif "" in accepted:
             del arguments[name]
-        elif name not in schema["properties"]:
+        else:
             raise Unusable("it wants a parameter that the tool lacks")
 
 
+def conforming(accepted, spec: dict, required: bool) -> list:
+    """The accepted values that obey a schema; "" among others: it may be left out."""
+    values = [value for value in accepted if value != ""] or accepted
+    kept = []
+    for value in values:
+        with suppress(ValueError):
+            kept.append(value if value == "" else conform(value, spec))
+    if values and not kept:
+        raise Unusable("its answer breaks its tool's schema")
+    may_be_left_out = "" in accepted and not required and values != accepted
+    return kept + [""] if may_be_left_out else kept
+
+
+def conform(value, spec: dict):
+    """A wanted value, read in the first type of its schema in which that is exact: "5" is
+    5. ValueError where it breaks the schema. An object's keys have lists of values."""
+    kinds = spec.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        with suppress(ValueError):
+            return in_type(value, kind, spec)
+    if kinds:
+        raise ValueError(f"{value!r:.60} is no {kinds}")
+    return value
+
+
+def in_type(value, kind: str, spec: dict):
+    if isinstance(value, str) and kind != "string":
+        value = json.loads(value.lower() if kind == "boolean" else value)
+    elif type(value) is int and kind == "string":
+        value = str(value)
+    elif kind == "integer" and type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) not in TYPES.get(kind, [type(value)]):
+        raise ValueError(f"{value!r:.60} is no {kind}")
+    if "enum" in spec and plain(value) not in map(plain, spec["enum"]):
+        raise ValueError(f"{value!r:.60} is not in the enum")
+    if isinstance(value, list):
+        return [conform(item, spec.get("items", {})) for item in value]
+    if isinstance(value, dict):
+        required, read = spec.get("required", []), {}
+        for key, accepted in value.items():
+            inner = spec.get("properties", {}).get(key, spec.get("additionalProperties"))
+            inner = inner if isinstance(inner, dict) else {}
+            accepted = accepted if isinstance(accepted, list) else [accepted]
+            read[key] = conforming(accepted, inner, key in required)
+        return read
+    return value
+
+
+def plain(value):
+    """As the verifier compares it."""
+    return value.strip().casefold() if isinstance(value, str) else value
+
+
+# ---- a row's writing ----
 def one_choice(value):
     """A plain value in our form: each key of an object gets a list of one value."""
     if isinstance(value, dict):
@@ -112,25 +174,39 @@ def read_json(value):
 
 def tool_of(function: dict) -> dict:
     """A tool as the model sees it. Its parameters may be xLAM's {name: schema}."""
-    schema = function.get("parameters", {})
-    if not isinstance(schema.get("type"), str):
-        required = []
-        for name, spec in schema.items():
-            if "default" not in spec and "optional" not in str(spec.get("type")).lower():
-                required.append(name)
+    function = function.get("function", function)
+    schema = function.get("parameters") or {}
+    inner = schema.get("properties")
+    whole = isinstance(inner, dict) and all(isinstance(v, dict) for v in inner.values())
+    if not whole and not isinstance(schema.get("type"), str):
+        required = [name for name, spec in schema.items() if not is_optional(spec)]
         schema = {"type": "dict", "properties": schema, "required": required}
     described = {"name": function["name"], "description": function.get("description", "")}
     parameters = schema_of({"type": "dict", "properties": {}} | schema)
     return {"type": "function", "function": described | {"parameters": parameters}}
 
 
+def is_optional(spec: dict) -> bool:
+    """xLAM's way to say so: a default, a type "int, optional" or "Optional[int]"."""
+    kind = str(spec.get("type")).lower()
+    told = "optional" in kind or "default" in kind or "none" in kind
+    return "default" in spec or told or spec.get("required") is False
+
+
 def schema_of(spec: dict) -> dict:
-    """A JSON schema for one that may have Python's types."""
+    """A JSON schema for one that may have Python's types, and a default as text."""
     schema = dict(spec)
-    schema = type_of(schema.pop("type", None)) | schema
-    if schema.get("type") in ("integer", "number", "boolean"):
-        with suppress(KeyError, AttributeError, ValueError):
-            schema["default"] = json.loads(schema["default"].lower())  # "10", "False"
+    kind = schema.pop("type", None)
+    for several in ("anyOf", "oneOf"):
+        if isinstance(schema.get(several), list):
+            kind = [option.get("type") for option in schema.pop(several)]
+    schema = type_of(kind) | schema
+    told = re.search(r",\s*default\s*[=:]\s*(.*)", kind) if isinstance(kind, str) else None
+    if told:  # "str, default='London'"
+        schema.setdefault("default", told[1].strip(" '\""))
+    if "default" in schema:
+        with suppress(ValueError):
+            schema["default"] = conform(schema["default"], {"type": schema.get("type", [])})
     if not isinstance(schema.get("required", []), list):
         del schema["required"]  # xLAM's kind may say true in a parameter
     if "items" in schema:
@@ -142,12 +218,48 @@ def schema_of(spec: dict) -> dict:
 
 
 def type_of(kind) -> dict:
-    """ "List[float], optional" -> {"type": "array", "items": {"type": "number"}}"""
-    word, _, inside = str(kind).lower().partition(",")[0].partition("[")
-    word = word.strip(" ]")
-    if word == "list" and inside:
-        return {"type": "array", "items": type_of(inside)}
-    return {"type": JSON_TYPES[word]} if word in JSON_TYPES else {}  # "any" leaves it open
+    """A type of Python's or of JSON's, or a list of such, as a JSON schema. "any" is open.
+
+    "List[float], optional"      {"type": "array", "items": {"type": "number"}}
+    "Optional[Union[int, str]]"  {"type": ["integer", "string"]}
+    """
+    if isinstance(kind, list):
+        return either([type_of(one) for one in kind])
+    text = split(str(kind).lower())[0].removeprefix("typing.").strip()
+    word, _, inside = text.partition("[")
+    parts = split(inside.removesuffix("]"))
+    if inside and word in ("optional", "union"):
+        return either([type_of(part) for part in parts])
+    schema = {"type": JSON_TYPES[word]} if word in JSON_TYPES else {}
+    if inside and schema.get("type") == "array":
+        schema["items"] = either([type_of(part) for part in parts if part.strip() != "..."])
+    if inside and word == "dict":
+        schema["additionalProperties"] = type_of(parts[-1])
+    return schema
+
+
+def either(schemas: list[dict]) -> dict:
+    """One of several types; open if one of them is."""
+    merged, kinds = {}, []
+    for schema in schemas:
+        if "type" not in schema:
+            return {}
+        merged |= schema
+        kinds += schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    kinds = list(dict.fromkeys(kinds))
+    return merged | {"type": kinds[0] if len(kinds) == 1 else kinds}
+
+
+def split(text: str) -> list[str]:
+    """At the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def load_rows(data: str) -> list[dict]:
     repo, _, inner = data.partition(":")
     if not path.exists() and "/" in repo and inner:
         path = hub_download(repo, [inner], repo_type="dataset") / inner
-    check(path.is_file(), f"the data file {data} does not exist (a hub's: NAME:PATH).")
+    check(path.is_file(), f"{data} does not exist or is no file (a hub's: NAME:PATH).")
     errors = (ImportError, OSError, ValueError, RecursionError)
     with explain(f"{data} cannot be read as UTF-8 JSON or parquet", *errors):
         if path.suffix == ".parquet":
@@ -97,7 +97,7 @@ def load_rows(data: str) -> list[dict]:
 
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if not text.lstrip().startswith("["):  # a row on each line, as errors name it
                 lines = text.split("\n")  # not splitlines(): a string may hold U+2028
                 text = "[" + ",\n".join(filter(str.strip, lines)) + "]"

@@ -100,7 +100,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     allowed = re.fullmatch(r"[-+*/()0-9\s]{1,200}", expression)
     if not allowed or expression.count("(") > 20:
         raise ValueError("it is too long, or holds more than numbers, + - * / and ( )")
-    # Python only parses this. It knows no 03; between spaces, ** and // are no operators.
+    # Python only parses this. 03 becomes 3, and 2**3 becomes 2 * * 3, which is no syntax.
     tokens = re.findall(r"[1-9][0-9]*|0\b|[-+*/()]", expression)
     numbers = [int(token) for token in tokens if token.isdigit()]
     return value_of(ast.parse(" ".join(tokens), mode="eval").body), numbers

@@ -106,7 +106,7 @@ def load(data):
 
 def judge(problem, calls):
     """The verdict on calls [{"name", "arguments"}]. Each wanted call takes the first that
-    is right for it, and Apple alone chooses before [Microsoft or Apple]."""
+    is right for it; [Apple] before [Microsoft or Apple], which might take its only one."""
     wanted = sorted(problem["answers"], key=count_accepted)
     if len(calls) != len(wanted):
         error = "wrong number of calls" if calls else "no call"

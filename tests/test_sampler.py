@@ -254,6 +254,24 @@ def test_overrunning_the_context_is_refused_before_anything_is_sampled():
         KVCache(model, 1, 8).extend([[1] * 9])
 
 
+@pytest.mark.parametrize("length", range(1, 17))
+def test_a_finished_row_that_stays_has_room_for_its_key(length, monkeypatch):
+    """Prevents: a row that is kept to fill a batch of round size, is longer than all that
+    live, and writes behind the end of the tensors."""
+    monkeypatch.setattr(sampler, "ROWS_BY", {"cpu": 4})
+    monkeypatch.setattr(sampler, "BUCKET", {"cpu": 8})
+    model = random_model()
+    [stop] = naive_greedy(model, [1] * length, 1, ())  # what the longest row writes
+    others = [[i] for i in range(97) if naive_greedy(model, [i], 1, ()) != [stop]]
+    prompts = [[1] * length] + others[:5]
+    cache = KVCache(model, 6, length + 8)
+    cache.extend(prompts)
+    turns = cache.sample(8, frozenset({stop}), generator(), temperature=0)
+    assert turns[0].ids == [stop]
+    for prompt, turn in zip(prompts[1:], turns[1:]):
+        assert turn.ids == naive_greedy(model, prompt, 8, {stop})
+
+
 def test_the_cap_cuts_and_says_so():
     model = random_model()
     cache = KVCache(model, 6, 100)
