@@ -6,6 +6,7 @@
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -200,6 +201,8 @@ def plain_errors(program: str):
         sys.exit(
             f"{program}: out of GPU memory: lower --sample_rows, --micro_batch_tokens."
         )
+    except BrokenPipeError:
+        os._exit(1)  # quietly: what read our output has ended
     except KeyboardInterrupt:
         sys.exit(f"{program}: stopped. A run that was begun goes on with --resume.")
 

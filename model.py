@@ -362,8 +362,7 @@ def hub_download(repo: str, patterns: list[str], repo_type="model") -> Path:
     hint = f"the {repo_type} {repo} could not be fetched from {constants.ENDPOINT}; check "
     hint += "the spelling, HF_TOKEN (if gated), the network, the disk, or pass a local path"
     with explain(hint, Exception):
-        options = {"repo_type": repo_type, "allow_patterns": patterns}
-        return Path(snapshot_download(repo, **options))
+        return Path(snapshot_download(repo, repo_type=repo_type, allow_patterns=patterns))
 
 
 # ---- the chat template: what it expects; the tojson of jinja2 itself is for HTML ----
@@ -379,8 +378,8 @@ JINJA.globals.update(add_generation_prompt=True, enable_thinking=False)
 
 class Chat:
     """A model's tokenizer and chat template. stop_ids: every id that ends a turn. thinks:
-    the template opens <think> itself. native_tools: it prints the tools that it is given
-    (tried with one named MARKED). No sampled turn is ever encoded again."""
+    the template opens <think> itself. native_tools: it prints the tools that it is given,
+    and calls as JSON (tried with one named MARKED). No sampled turn is encoded again."""
 
     native_tools = False
 
@@ -420,9 +419,13 @@ class Chat:
         user = [{"role": "user", "content": "x"}]
         self.thinks = self.render(user).rstrip().endswith("<think>")  # as each turn begins
         marked = {"name": "MARKED", "description": "", "parameters": {}}
+        call = {"id": "123456789", "function": {"name": "MARKED", "arguments": {}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
         with suppress(UserError):  # a template may refuse all tools
-            tools = [{"type": "function", "function": marked}]
-            self.native_tools = "MARKED" in self.render(user, tools)
+            shown = self.render(user, [{"type": "function", "function": marked}])
+            # Calls must be JSON, as verifiers read: else tools are told in our own words.
+            written = '"name": "MARKED"' in self.render([*user, turn])
+            self.native_tools = written and "MARKED" in shown
 
     def encode(self, text: str) -> list[int]:
         """Special tokens written in the text count as such; none is added."""

@@ -8,6 +8,7 @@ keys beyond their length: nobody sees those, and the next piece overwrites them.
 
 from copy import copy
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -109,6 +110,8 @@ class KVCache:
         turns, alive = [], state.alive.tolist()
         for row, count in enumerate(state.counts[:B].tolist()):
             ids, logps = state.ids[row, :count].tolist(), state.logps[row, :count].tolist()
+            hint = "its weights are damaged, or --lr was too high"
+            check(all(map(isfinite, logps)), f"the model's numbers are not finite: {hint}.")
             turns.append(Sampled(ids, logps, stopped=not alive[row]))
             self.unread[row] = ids[-1:]
         return turns

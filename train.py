@@ -23,7 +23,7 @@ from torch import nn
 import rrr
 from config import Config, chunks, open_model, parse, plain_errors, seeded
 from eval import evaluate, is_mended, mean_length, percent, share_cut, table
-from model import UserError, check, explain, load, read_json, save
+from model import UserError, check, explain, load, read_json, resolve, save
 from rrr import Episode, Rollout, Turn, make_batches, trained_logps
 
 
@@ -278,25 +278,16 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
         "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
         "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
-        "memory_gb": peak_memory(),  # so far
+        "memory_gb": torch.cuda.max_memory_reserved() / 1e9,  # so far; 0 on a CPU
         "seconds": {stage: round(n, 3) for stage, n in seconds.items()},  # by stage
     }
 
 
-def peak_memory() -> float | None:
-    """GB: what PyTorch reserved on the GPU, or else the process's resident memory."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_reserved() / 1e9, 2)
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    return round(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9, 2)
-
-
 def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     """To the files, and a line to the terminal."""
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            metrics[name] = None  # JSON has no infinity
     append(run / "metrics.jsonl", [metrics])
     step = metrics["step"]
     append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
@@ -412,6 +403,10 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
         return run, replace(stored, resume=config.resume)
     name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
     run = Path(config.out or name)
+    # A name may move, and so may the working directory: what is stored may not.
+    config.model = str(resolve(config.model).absolute())
+    if Path(config.data).is_file():
+        config.data = os.path.abspath(config.data)
     check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
     with explain(f"{run} cannot be written", OSError):
         run.mkdir(parents=True)

@@ -31,8 +31,16 @@ class Task:
     problem is a plain dict (JSON). Its "key" is the same for problems that are the same."""
 
     def problems(self, split: str, n: int, seed: int) -> list[dict]:
-        """At most n distinct problems of "train" or "test"; the same for the same seed."""
-        return pick(self.rows, split, n, seed)
+        """At most n problems of "train" or "test", one of each key; the same for the same
+        seed. A problem may name its split."""
+        chosen = {}
+        for row in self.rows:
+            by_hash = "test" if in_test(row["key"]) else "train"
+            if (row.get("split") or by_hash) == split:
+                chosen.setdefault(row["key"], row)
+        chosen = list(chosen.values())
+        random.Random(seed).shuffle(chosen)
+        return chosen[:n]
 
     def messages(self, problem: dict, native_tools: bool = False) -> list[dict]:
         """Chat messages. native_tools: the chat template itself shows tools(problem)."""
@@ -59,18 +67,6 @@ def get_task(name: str, data: str = "", difficulty: str = "") -> Task:
 def in_test(key: str) -> bool:
     """One problem in five is for testing, by a hash: no list of them, no seed."""
     return hashlib.sha256(key.encode()).digest()[0] % 5 == 0
-
-
-def pick(rows: list[dict], split: str, n: int, seed: int) -> list[dict]:
-    """At most n problems of one split, one of each key. A problem may name its split."""
-    chosen = {}
-    for row in rows:
-        by_hash = "test" if in_test(row["key"]) else "train"
-        if (row.get("split") or by_hash) == split:
-            chosen.setdefault(row["key"], row)
-    chosen = list(chosen.values())
-    random.Random(seed).shuffle(chosen)
-    return chosen[:n]
 
 
 def without_thinking(text: str) -> str:

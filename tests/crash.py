@@ -1,10 +1,12 @@
 """Kills short runs, resumes them, and compares them with an unbroken one, bit for bit.
 
-    python tests/crash.py --kills 10
+    python tests/crash.py --kills 10 --full_disks
 
 The kills (SIGKILL) come at random moments and, in turn, at the points below; the second one
 of a run may come while it resumes. Compared are the weights, the optimizer, the logs
-without times, the pool, the evaluations, and which files there are.
+without times, the pool, the evaluations, and which files there are. --full_disks ends runs
+at the first write beyond a size (of a file: RLIMIT_FSIZE), in the pool, the episodes, the
+weights and the optimizer; each must end in a sentence, and the next command go on.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -42,6 +45,7 @@ POINTS = {  # name -> what is called there; the kill comes before it
     "while a log is cut": (train.os, "replace"),
     "at the very end": (train, "summary"),
 }
+FULL = (3_000, 30_000, 300_000, 2_000_000, 6_000_000)  # bytes that a file may have
 TIMES = ("seconds", "memory_gb", "sampled_tokens_per_second", "training_tokens_per_second")
 
 
@@ -59,11 +63,17 @@ def die_at(point: str, count: int, arguments: list[str]):
         train.main(arguments)
 
 
-def start(arguments: list[str], point=None, count=1) -> subprocess.Popen:
+def start(arguments: list[str], point=None, count=1, limit=None) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     if point:
         command = [sys.executable, __file__, "--die", point, str(count), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+
+    def limited():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(command, **streams, preexec_fn=limited)
 
 
 def begin(run: Path) -> list[str]:
@@ -100,6 +110,16 @@ def kill(run: Path, rng: random.Random, seconds: float, point: str | None) -> st
     process.communicate()
     was = "killed" if process.returncode == -signal.SIGKILL else "not reached"
     return f"{point}, call {count}: {was}"
+
+
+def fill_the_disk(run: Path, limit: int) -> str:
+    """One run that may write no more. Returns what it said."""
+    process = start(begin(run), limit=limit)
+    _, said = process.communicate()
+    said = said.decode().strip()
+    if process.returncode != 1 or "\n" in said or "File too large" not in said:
+        raise SystemExit(f"{limit} bytes: exit {process.returncode}, no sentence: {said}")
+    return f"files of {limit:,} bytes: {said.replace(str(run), 'RUN')[:60]}..."
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -143,6 +163,7 @@ def differences(a: Path, b: Path) -> list[str]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--full_disks", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, bad = random.Random(options.seed), 0
@@ -151,6 +172,13 @@ def main():
         finish(whole)
         seconds = time.monotonic() - began
         print(f"an unbroken run takes {seconds:.1f} s", flush=True)
+        for limit in FULL if options.full_disks else ():
+            run = Path(folder) / f"full-{limit}"
+            said = fill_the_disk(run, limit)
+            finish(run)
+            wrong = differences(whole, run)
+            bad += bool(wrong)
+            print(f"{said}: {', '.join(wrong) or 'equal'}", flush=True)
         points, done = itertools.cycle([None, *POINTS]), 0
         while done < options.kills:
             run, deaths = Path(folder) / f"killed-{done}", []

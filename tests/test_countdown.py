@@ -244,6 +244,11 @@ def test_a_missing_file_an_unknown_task_and_latin1_are_refused(tmp_path):
         Countdown(str(tmp_path / "absent.json"))
     with pytest.raises(UserError, match="countdown, function_calling"):
         get_task("chess")
+    with pytest.raises(UserError, match="is no file"):
+        Countdown(str(tmp_path))
+    row = json.dumps({"nums": [3, 4], "target": 7})
+    (tmp_path / "mark.jsonl").write_text("\ufeff" + row, encoding="utf-8")
+    assert len(Countdown(str(tmp_path / "mark.jsonl")).rows) == 1
     (tmp_path / "latin.json").write_bytes(b'[{"nums": [1], "x": "\xe9"}]')
     with pytest.raises(UserError, match="UTF-8"):
         Countdown(str(tmp_path / "latin.json"))

@@ -692,10 +692,36 @@ def test_tools_are_promised_but_not_shown(tmp_path, template):
 
 def test_tools_are_escaped_for_html(tmp_path):
     chat = chat_of(tmp_path)
-    assert chat.native_tools
     ids = chat.prompt(USER, tools=[{"text": "<é & 'è'>"}])
     assert '[{"text": "<é & \'è\'>"}]' in text_of(chat, ids)
-    assert not chat_of(tmp_path / "other", CHATML.replace("tools", "other")).native_tools
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}WRITTEN{% endfor %}"
+CALLS += "{% endfor %}"
+FUNCTION = "{{ c.function | tojson }}"
+ARGUMENTS = "{{ c.function.arguments | tojson }}"
+NAME = "{{ c.function.name }}"
+
+
+@pytest.mark.parametrize(
+    "written, native",
+    [
+        ("<tool_call>\n" + FUNCTION + "\n</tool_call>", True),  # Qwen
+        ('{"name": "' + NAME + '", "parameters": ' + ARGUMENTS + "}", True),  # Llama 3
+        ("[TOOL_CALLS] [" + FUNCTION + "]", True),  # Mistral
+        ("<function=" + NAME + ">" + ARGUMENTS + "</function>", False),
+        ("[" + NAME + "(x=1)]", False),
+        ("[TOOL_CALLS]" + NAME + "[ARGS]" + ARGUMENTS, False),
+        ("", False),
+    ],
+)
+def test_tools_are_native_where_calls_are_json(tmp_path, written, native):
+    """f15. Prevents: a model that is told another syntax than the verifier reads; one whose
+    template has tools, but shows none."""
+    template = CHATML + CALLS.replace("WRITTEN", written)
+    assert chat_of(tmp_path / "a", template).native_tools == native
+    silent = template.replace("{% if tools", "{% if other")
+    assert not chat_of(tmp_path / "b", silent).native_tools
 
 
 def test_prompt_depends_on_the_day(tmp_path):

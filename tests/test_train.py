@@ -461,6 +461,61 @@ def test_updates_that_are_not_finite_are_skipped_and_told(monkeypatch, capsys):
     assert all(torch.equal(w, start[name]) for name, w in weights("r").items())
 
 
+def test_a_model_that_is_not_finite_is_told(tmp_path, capsys):
+    """Prevents: NaN as log-probs in the files, or an index that is out of bounds."""
+    shutil.copytree(ROOT / "tiny", "m")
+    weights = safetensors.torch.load_file("m/model.safetensors")
+    broken = {name: w * float("nan") for name, w in weights.items()}
+    safetensors.torch.save_file(broken, "m/model.safetensors", {"format": "pt"})
+    for main in (train.main, evaluation.main):
+        said = refusal(capsys, main, ["--model", "m", *"--eval_n 4 --out r".split()])
+        assert "the model's numbers are not finite" in said and "--lr" in said
+
+
+def test_metrics_are_strict_json(monkeypatch):
+    """Prevents: Infinity or NaN, which most readers of JSON refuse."""
+    original = rrr.backward
+
+    def infinite(*rest):
+        return original(*rest) | {"kl": math.inf, "loss": math.nan, "gap_max": -math.inf}
+
+    monkeypatch.setattr(rrr, "backward", infinite)
+    train.main([*QUICK, "--steps", "1", "--out", "r"])
+    text = Path("r/metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert row["kl"] is row["loss"] is row["gap_max"] is None and row["reward"] >= 0
+
+
+def test_a_closed_pipe_ends_quietly_and_the_run_goes_on(whole):
+    """`python train.py | head -1`. Prevents: a traceback for it."""
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *QUICK, "--out", "r"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith(b"failure pool"):
+        pass
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+    train.main(["--resume", "r"])
+    assert_same_run(whole, "r")
+
+
+def test_the_reference_stays_though_its_name_moves(monkeypatch, capsys):
+    """Prevents: a resumed half that is held to other weights than the first, since the run
+    that --model named has gone on; data that another working directory does not have."""
+    shutil.copytree(ROOT / "tiny", "a/step-000001")
+    data = [json.dumps({"nums": [i, 2, 3], "target": 5 + i}) for i in range(60)]
+    Path("d.jsonl").write_text("\n".join(data))
+    options = [*QUICK, "--model", "a", "--data", "d.jsonl", "--out", "b"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0)
+        assert "stopped" in refusal(capsys, train.main, options)
+    stored = json.loads(Path("b/config.json").read_text())
+    assert stored["model"] == str(Path("a/step-000001").absolute())
+    assert stored["data"] == str(Path("d.jsonl").absolute())
+    Path("a/step-000001").rename("a/step-000002")  # `a` goes on
+    said = refusal(capsys, train.main, ["--resume", "b"])
+    assert "there is no model" in said and "step-000001" in said
+
+
 def test_adamw_with_masters_equals_torchs_in_float32_for_100_steps():
     """And with bfloat16 weights at the paper's rate the masters move as float32 weights do.
     Prevents: weights that are rounded back to where they were."""
@@ -604,6 +659,8 @@ def test_tools_in_words_whatever_the_template_has(tmp_path):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     template = settings["chat_template"]
     with_tools = "{% for tool in tools or [] %}NATIVE {{ tool | tojson }}{% endfor %}"
+    with_tools += "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    with_tools += "{{ c.function | tojson }}{% endfor %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(with_tools + template)
     texts = {}
     for tools in ("auto", "words"):
