@@ -103,7 +103,7 @@ def clean(arguments: dict, schema: dict) -> None:
 
 def conforming(accepted, spec: dict, required: bool) -> list:
     """The accepted values that obey a schema; "" among others: it may be left out."""
-    values = [value for value in accepted if value != ""] or accepted
+    values = [value for value in accepted if value not in ("", None)] or accepted
     kept = []
     for value in values:
         with suppress(ValueError):

@@ -5,8 +5,8 @@
 The kills (SIGKILL) come at random moments and, in turn, at the points below; the second one
 of a run may come while it resumes. Compared are the weights, the optimizer, the logs
 without times, the pool, the evaluations, and which files there are. --full_disks ends runs
-at the first write beyond a size (of a file: RLIMIT_FSIZE), in the pool, the episodes, the
-weights and the optimizer; each must end in a sentence, and the next command go on.
+at the first write beyond a size of a file (RLIMIT_FSIZE): in the pool, the weights, the
+optimizer; each must end in a sentence, and the next command go on.
 """
 
 import argparse
@@ -45,7 +45,7 @@ POINTS = {  # name -> what is called there; the kill comes before it
     "while a log is cut": (train.os, "replace"),
     "at the very end": (train, "summary"),
 }
-FULL = (3_000, 30_000, 300_000, 2_000_000, 6_000_000)  # bytes that a file may have
+FULL = (3_000, 8_000, 15_000, 2_000_000, 6_000_000)  # bytes that a file may have
 TIMES = ("seconds", "memory_gb", "sampled_tokens_per_second", "training_tokens_per_second")
 
 
@@ -117,9 +117,9 @@ def fill_the_disk(run: Path, limit: int) -> str:
     process = start(begin(run), limit=limit)
     _, said = process.communicate()
     said = said.decode().strip()
-    if process.returncode != 1 or "\n" in said or "File too large" not in said:
+    if process.returncode != 1 or "\n" in said or "cannot be" not in said:
         raise SystemExit(f"{limit} bytes: exit {process.returncode}, no sentence: {said}")
-    return f"files of {limit:,} bytes: {said.replace(str(run), 'RUN')[:60]}..."
+    return f"files of {limit:,} bytes: {said.replace(str(run), 'RUN')[:70]}..."
 
 
 def rows_of(path: Path) -> list[dict]:

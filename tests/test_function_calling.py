@@ -1226,6 +1226,8 @@ def test_a_berkeley_answer_that_breaks_its_schema(tmp_path):
     truth = TRUTH | {"days": ["7", "a week", ""]}
     task = berkeley_task(tmp_path, truth=truth)
     assert task.rows[0]["answers"][0]["arguments"]["days"] == [7, ""]
+    task = berkeley_task(tmp_path, truth=TRUTH | {"unit": ["", None]})
+    assert task.rows[0]["answers"][0]["arguments"]["unit"] == [""]
 
 
 @pytest.mark.parametrize(
@@ -1283,8 +1285,8 @@ def bfcl(request):
     return request.param, str(data), FunctionCalling(str(data))
 
 
-# Their own answers break their tools' schemas: '1 year' is not in the enum.
-LEFT_OUT = {"simple_python": 1, "multiple": 0, "parallel": 1, "parallel_multiple": 2}
+# Their own answers break their tools' schemas: 'apple' in a list of integers.
+LEFT_OUT = {"simple_python": 1, "multiple": 0, "parallel": 0, "parallel_multiple": 2}
 
 
 def test_conversion_leaves_out_at_most_one_row_in_a_hundred(bfcl):
