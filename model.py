@@ -58,7 +58,7 @@ def rope_tables(config, n: int):
     """cos and sin, (n, D) float32, of the angles position * rope_theta ** (-2i / D) for
     i < D/2, twice: once for each half of a head (RoFormer, arXiv 2104.09864)."""
     D, scale = config.head_dim, 1.0
-    periods = config.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,), in 2 pi
+    periods = config.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2,), per radian
     frequencies = 1 / periods
     if config.rope_type == "llama3":
         # Slow frequencies are divided by factor, fast ones kept, the rest is blended.

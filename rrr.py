@@ -319,7 +319,7 @@ def denominator(mask: list[bool], tokens: int, episodes: int, config) -> int:
 def make_row(group: list[Episode], tokens: int, episodes: int, config) -> dict[str, list]:
     """A group's row, by the names of Batch: the prefix, then what each episode adds."""
     ids, mask, _ = ids_and_mask(group[0], config.train_on)
-    P = mask.index(True) - 1  # of the prefix's last id, the same for all siblings
+    P = mask.index(True) - 1  # index of the prefix's last id, the same for all siblings
     row = {"ids": ids[:P], "segments": [0] * P, "positions": list(range(P))}
     row["mask"] = [False] * P
     for name in ("targets", "weights", "sampled_logps", "advantages"):

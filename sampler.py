@@ -108,9 +108,9 @@ class KVCache:
         state.end()
 
         turns, alive = [], state.alive.tolist()
+        hint = "its weights are damaged, or --lr was too high"
         for row, count in enumerate(state.counts[:B].tolist()):
             ids, logps = state.ids[row, :count].tolist(), state.logps[row, :count].tolist()
-            hint = "its weights are damaged, or --lr was too high"
             check(all(map(isfinite, logps)), f"the model's numbers are not finite: {hint}.")
             turns.append(Sampled(ids, logps, stopped=not alive[row]))
             self.unread[row] = ids[-1:]

@@ -403,11 +403,11 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
         return run, replace(stored, resume=config.resume)
     name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
     run = Path(config.out or name)
+    check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
     # A name may move, and so may the working directory: what is stored may not.
     config.model = str(resolve(config.model).absolute())
     if Path(config.data).is_file():
         config.data = os.path.abspath(config.data)
-    check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
     with explain(f"{run} cannot be written", OSError):
         run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")

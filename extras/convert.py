@@ -17,7 +17,7 @@ from pathlib import Path
 from config import plain_errors
 from model import UserError, check, explain
 from tasks import load_rows, without_surrogates
-from tasks.function_calling import first_choice, judge
+from tasks.function_calling import first_choice, judge, same
 
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
@@ -110,8 +110,9 @@ def conforming(accepted, spec: dict, required: bool) -> list:
             kept.append(value if value == "" else conform(value, spec))
     if values and not kept:
         raise Unusable("its answer breaks its tool's schema")
-    may_be_left_out = "" in accepted and not required and values != accepted
-    return kept + [""] if may_be_left_out else kept
+    if "" in accepted and "" not in kept and not required:
+        kept.append("")
+    return kept
 
 
 def conform(value, spec: dict):
@@ -134,9 +135,9 @@ def in_type(value, kind: str, spec: dict):
     elif kind == "integer" and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) not in TYPES.get(kind, [type(value)]):
-        raise ValueError(f"{value!r:.60} is no {kind}")
-    if "enum" in spec and plain(value) not in map(plain, spec["enum"]):
-        raise ValueError(f"{value!r:.60} is not in the enum")
+        raise ValueError("it is of another type")
+    if "enum" in spec and not any(same(choice, value, spec) for choice in spec["enum"]):
+        raise ValueError("it is not in the enum")
     if isinstance(value, list):
         return [conform(item, spec.get("items", {})) for item in value]
     if isinstance(value, dict):
@@ -148,11 +149,6 @@ def in_type(value, kind: str, spec: dict):
             read[key] = conforming(accepted, inner, key in required)
         return read
     return value
-
-
-def plain(value):
-    """As the verifier compares it."""
-    return value.strip().casefold() if isinstance(value, str) else value
 
 
 # ---- a row's writing ----

@@ -160,6 +160,14 @@ def differences(a: Path, b: Path) -> list[str]:
     return wrong
 
 
+def goes_on(whole: Path, run: Path, said: str) -> bool:
+    """Finishes the run. Prints what happened to it, and whether it equals the whole one."""
+    finish(run)
+    wrong = differences(whole, run)
+    print(f"{said}: {', '.join(wrong) or 'equal'}", flush=True)
+    return not wrong
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
@@ -174,21 +182,14 @@ def main():
         print(f"an unbroken run takes {seconds:.1f} s", flush=True)
         for limit in FULL if options.full_disks else ():
             run = Path(folder) / f"full-{limit}"
-            said = fill_the_disk(run, limit)
-            finish(run)
-            wrong = differences(whole, run)
-            bad += bool(wrong)
-            print(f"{said}: {', '.join(wrong) or 'equal'}", flush=True)
+            bad += not goes_on(whole, run, fill_the_disk(run, limit))
         points, done = itertools.cycle([None, *POINTS]), 0
         while done < options.kills:
             run, deaths = Path(folder) / f"killed-{done}", []
             for _ in range(min(rng.randint(1, 3), options.kills - done)):
                 deaths.append(kill(run, rng, seconds, next(points)))
                 done += 1
-            finish(run)
-            wrong = differences(whole, run)
-            bad += bool(wrong)
-            print(f"{'; '.join(deaths)}: {', '.join(wrong) or 'equal'}", flush=True)
+            bad += not goes_on(whole, run, "; ".join(deaths))
     print(f"{done} kills, {bad} runs that are not equal")
     sys.exit(1 if bad else 0)
 

@@ -517,7 +517,7 @@ def test_corrupted_answers_are_judged_alike(rows, kind):
             else:
                 differing[row.id, ours] += 1
                 examples[row.id, ours] = calls
-    assert tried >= 4
+    assert tried >= (4 if kind == "string's quotes" else 5)
     for key in differing.keys() | counted(kind).keys():
         assert differing[key] == counted(kind)[key], (key, examples.get(key))
     for i, counter in by_cause.items():
