@@ -97,7 +97,7 @@ def attention(layer, q, k, v, visible=None):
     q = q.reshape(B, -1, group * T, D)  # (B, KV, group * T, D)
     visible = visible.repeat(1, group, 1)[:, None]  # (B, 1, group * T, S)
     y = F.scaled_dot_product_attention(q, k, v, visible)
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)
 
 
 class Attention(nn.Module):

@@ -100,8 +100,9 @@ def random_model(config: ModelConfig, options) -> Decoder:
 def open_model(options, config: ModelConfig | None = None) -> tuple[Decoder, Chat]:
     """The model to measure, made ready as config.open_model does. Random weights talk by
     tiny's chat, whose ids fit any vocabulary."""
-    if options.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("medium")
+    fast = options.dtype == "bfloat16"
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if config is None and options.model in SHAPES:
         config = model_config(SHAPES[options.model])
     if config:

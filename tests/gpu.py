@@ -4,7 +4,8 @@
     python tests/gpu.py --model FOLDER --out DIR --stage speed    one, in under 9 minutes
     python tests/gpu.py --model FOLDER --out DIR --stage learn    again, until it is done
 
-FOLDER holds real weights, or is a name like tiny. Each table is printed and written to
+FOLDER holds real weights, or is a name like tiny; speed takes random weights, too, in one
+of bench.py's shapes (qwen2.5-1.5b-shapes). Each table is printed and written to
 DIR/STAGE.json as soon as it is there: a call that is cut loses nothing, and `learn` goes on
 where it stood. On a CPU all of it runs at toy sizes, so that no stage fails for a silly
 reason when the GPU is there. Nothing is asserted: the tables are to be read.
@@ -374,9 +375,9 @@ def rung_row(options, rung: tuple, opened: list) -> dict:
 def learn(options, report: Report):
     """First the rungs, then a run on the hardest that has signal, in pieces."""
     deadline = time.monotonic() + 60 * options.minutes
+    rungs = [RUNGS[i] for i in options.rungs]
     title = "what the untrained model mends"
     rows, opened = report.tables.get(title, []), []
-    rungs = RUNGS if options.device == "cuda" else [RUNGS[0], RUNGS[3]]
     for rung in rungs[len(rows) :]:
         rows.append(rung_row(options, rung, opened))
         report.keep(title, rows)
@@ -385,17 +386,17 @@ def learn(options, report: Report):
             return
     opened.clear()
     free()
-    rung = options.rung
-    if rung is None:
-        able = [i for i, row in enumerate(rows) if row["mended"] >= ENOUGH]
-        rung = max(able, default=None)
+    able = [i for i, row in enumerate(rows) if row["mended"] >= ENOUGH]
+    rung = rungs[able[-1]] if able else None
+    if options.rung is not None:
+        rung = RUNGS[options.rung]
     if rung is None:
         report.keep(
             "no run", [{"why": f"no rung is mended in {ENOUGH:.0%}: nothing to learn"}]
         )
         return
     run = Path(options.out) / "run"
-    if not train_until(deadline, options, rungs[rung], run):
+    if not train_until(deadline, options, rung, run):
         show_curves(report, run)
         print("call again to go on")
         return
@@ -406,7 +407,7 @@ def learn(options, report: Report):
             if time.monotonic() > deadline:
                 print("call again for the controls")
                 return
-            evaluate_alone(options, rungs[rung], model, evaluation)
+            evaluate_alone(options, rung, model, evaluation)
         content = json.loads((evaluation / "eval.json").read_text())["report"]
         shares = {"first try": content["first_try"], "second try": content["second_try"]}
         shares |= content["controls"]
@@ -421,9 +422,11 @@ def program(name: str, arguments: list[str]) -> list[str]:
 def size(options) -> list[str]:
     """Of the run, and of what is measured before it."""
     if options.device == "cuda":
-        return "--steps 60 --eval_n 256 --pool_problems 2000".split()
+        large = "--steps 60 --eval_n 256 --pool_problems 2000"
+        return [*large.split(), *options.more.split()]
     small = "--steps 3 --eval_n 4 --pool_problems 8 --batch_size 2 --group_size 2"
-    return f"{small} --attempt_tokens 24 --reflection_tokens 24 --retry_tokens 24".split()
+    small += " --attempt_tokens 24 --reflection_tokens 24 --retry_tokens 24"
+    return [*small.split(), *options.more.split()]
 
 
 def train_until(deadline: float, options, rung: tuple, run: Path) -> bool:
@@ -486,10 +489,17 @@ def main():
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--minutes", type=float, default=8.5, help="of a piece of learn [8.5]")
-    add("--rung", type=int, help="train on this one, counted from 0 [the hardest that can]")
+    add("--rungs", type=int, nargs="+", help="measure these, counted from 0 [all]")
+    add("--rung", type=int, help="train on this one [the hardest that can]")
+    add(
+        "--more", default="", help='options of train.py for learn, as in --more "--lr 2e-6"'
+    )
     options = parser.parse_args()
     resolve_auto(options)
-    resolve(options.model)  # or a sentence now
+    if options.rungs is None:
+        options.rungs = range(len(RUNGS)) if options.device == "cuda" else [0, 3]
+    if options.model not in bench.SHAPES:
+        resolve(options.model)  # or a sentence now
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in [options.stage] if options.stage else STAGES:

@@ -285,6 +285,20 @@ def test_attention_knows_only_relative_positions(folder):
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
 
 
+def test_attention_on_a_gpu_comes_in_another_layout(folder, monkeypatch):
+    """The kernel that takes a mask there returns (B, T, heads, D) turned round: view failed
+    on the first GPU this met, and nothing on a CPU could tell."""
+    decoder, _ = load(str(folder))
+    expected = run(decoder, [[5, 6, 7], [9, 8, 7]])
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def turned(*args):
+        return attend(*args).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned)
+    assert torch.equal(run(decoder, [[5, 6, 7], [9, 8, 7]]), expected)
+
+
 def test_strategy_gets_each_layer_once_with_the_shapes_it_was_promised(folder):
     decoder, _ = load(str(folder))
     seen = []
