@@ -1,5 +1,6 @@
 """Small random models: enough to see whether the machinery is right."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,10 @@ sys.path.insert(0, str(ROOT))
 
 from model import Chat, Decoder, ModelConfig  # noqa: E402
 
-torch.set_num_threads(1)  # of models so small: a second thread costs more than it gives
+# Of models so small: a second thread costs more than it gives. Nor may the programs that a
+# test starts have one: sums are split by threads, and their last bits would differ.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def random_model(vocab_size=97, layers=2, seed=0, **more) -> Decoder:
