@@ -23,9 +23,9 @@ from rrr import TRAINED_TURNS
 from tasks import get_task
 
 # Numbers with their ranges: type, lowest, highest.
-AtLeast0 = Annotated[int, 0, inf]
-AtLeast1 = Annotated[int, 1, inf]
-AtLeast2 = Annotated[int, 2, inf]
+AtLeast0 = Annotated[int, 0, 1_000_000]
+AtLeast1 = Annotated[int, 1, 1_000_000]
+AtLeast2 = Annotated[int, 2, 1_000_000]
 NotNegative = Annotated[float, 0.0, inf]
 Share = Annotated[float, 0.0, 1.0]
 
@@ -41,7 +41,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if fast
     context: AtLeast0 = 0  # tokens of a whole conversation (0: the model's, up to 4096)
-    seed: AtLeast0 = 0  # of whatever is drawn
+    seed: Annotated[int, 0, inf] = 0  # of whatever is drawn
     out: str = ""  # the folder to write (default: named after task, model and seed)
 
     # sampling
@@ -151,6 +151,7 @@ def convert(field, text: str):
         check(fits, f"--{field.name} must be {kind} from {low} to {high}, found '{text}'.")
         return value
     choices = ["true", "false"] if field.type is bool else get_args(field.type)
+    text = text.lower()
     wanted = " or ".join(choices)
     check(text in choices, f"--{field.name} must be {wanted}, found '{text}'.")
     return text == "true" if field.type is bool else text
@@ -170,9 +171,9 @@ def open_model(config: Config):
     """(model, chat, task) as the options ask for; prints what was chosen."""
     task = get_task(config.task, config.data, config.difficulty)
     check(task.problems("test", 1, 0), "the data is too small: none is left to test on.")
-    if config.dtype == "bfloat16":
-        # Fast, and exact: what is multiplied in float32 are bfloat16 factors.
-        torch.set_float32_matmul_precision("medium")
+    # In bfloat16 fast, and exact: what is multiplied in float32 are bfloat16 factors.
+    level = "medium" if config.dtype == "bfloat16" else "highest"
+    torch.set_float32_matmul_precision(level)
     # cuDNN's attention plans anew, up to seconds, for the shape of each micro-batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype)

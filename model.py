@@ -42,6 +42,8 @@ class ModelConfig(SimpleNamespace):
         config = cls(**{**source, **rope}, source=source)
         config.rope_type = rope.get("rope_type") or rope.get("type")
         check_supported(config)
+        few = 0 < config.num_hidden_layers <= 1000  # each is built before weights are read
+        check(few, f"config.json has {config.num_hidden_layers!r:.20} layers.")
         H = config.num_attention_heads
         KV = config.num_key_value_heads or H
         check(H % KV == 0, f"config.json: {H} heads cannot share {KV} key heads.")
@@ -369,7 +371,7 @@ def hub_download(repo: str, patterns: list[str], repo_type="model") -> Path:
 JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 JINJA.add_extension("jinja2.ext.loopcontrols")
 JINJA.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-JINJA.globals["raise_exception"] = lambda reason: check(False, f"refused: {reason}.")
+JINJA.globals["raise_exception"] = lambda reason: check(False, f"refused: {reason!r}.")
 # Llama 3 writes the date into its prompt: I pin it, or no run could be repeated.
 JINJA.globals["strftime_now"] = lambda form: "26 Jul 2024"
 # Qwen3 shall not think first: reflecting is its own turn.

@@ -71,34 +71,43 @@ def train(run: Path, config: Config):
             keep_evaluation(run, rollout, test[:64], done)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(run, done, model, chat, optimizer)
-    episodes = keep_evaluation(run, rollout, test, config.steps)
-    summary(run, episodes)
+    keep_evaluation(run, rollout, test, config.steps)
+    before, *_, after = read_rows(run / "eval.jsonl")
+    print(f"\n{table({'before': before, 'after': after})}")
+    print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
 
 
-def keep_evaluation(run: Path, rollout: Rollout, problems, step: int) -> list[Episode]:
+def keep_evaluation(run: Path, rollout: Rollout, problems, step: int):
     """Evaluates, appends the report to RUN/eval.jsonl and says it in a line."""
-    report, episodes = evaluate(rollout, problems, 0)
+    report, _ = evaluate(rollout, problems, 0)
     append(run / "eval.jsonl", [{"step": step} | report])
     first, second = percent(report["first_try"]), percent(report["second_try"])
     print(f"held out, step {step}: first try {first}, second try {second}", flush=True)
-    return episodes
 
 
 # ---- failures ----
 def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
     """What the untrained model fails at (the paper's failure set), for all steps in a row.
     RUN/pool.jsonl holds all attempts and is judged when it is read."""
-    path = run / "pool.jsonl"
+    path = source = run / "pool.jsonl"
     if not config.pool:
         build_pool(path, rollout, config)
     elif not path.exists():
-        append(path, another_pool(config.pool, rollout))
-    rows, failures = read_rows(path), []
+        source = Path(config.pool)
+    rows, failures = read_rows(source), []
     for row in rows:
-        problem, attempt = row["problem"], Turn(**row["attempt"])
-        verdict = rollout.verify(problem, attempt)
+        with explain(f"{source} is damaged, or not the pool.jsonl of a run", Exception):
+            problem, attempt = row["problem"], Turn(**row["attempt"])
+            verdict = rollout.verify(problem, attempt)
+            failure = Episode(problem, row["group"], attempt, verdict)
+            # Another run's model must have been asked what this one would be asked.
+            same = attempt.prompt_ids == rollout.prompt(problem)
+        check(same, f"{source} is of another model, task or prompt.")
         if not verdict["ok"]:
-            failures.append(Episode(problem, row["group"], attempt, verdict))
+            failures.append(failure)
+    check(rows, f"{source} is empty or not there.")
+    if source != path:
+        append(path, rows)
     print(f"failure pool: {len(failures)} failures in {len(rows)} attempts ({path})")
     check(failures, "the model failed at none of these problems: choose harder ones.")
     if not (run / "eval.jsonl").exists():  # said once, before hours are spent
@@ -132,17 +141,6 @@ def build_pool(path: Path, rollout: Rollout, config: Config):
         if start <= len(rows):  # a batch in part
             rewrite(path, rows[:start])
         append(path, [asdict(episode) for episode in attempts])
-
-
-def another_pool(source: str, rollout: Rollout) -> list[dict]:
-    """Another run's rows. UserError where this model and task would ask otherwise."""
-    rows = read_rows(Path(source))
-    with explain(f"{source} is not the pool.jsonl of a run", Exception):
-        asked = [row["attempt"]["prompt_ids"] for row in rows]
-        asks = [rollout.prompt(row["problem"]) for row in rows]
-    same = rows and asked == asks
-    check(same, f"{source} is empty, or of another model, task or prompt.")
-    return rows
 
 
 def in_training_order(failures: list[Episode], config: Config) -> list[Episode]:
@@ -247,8 +245,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def restore(self, state: dict):
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
+        moments = state["adamw"]["state"]  # by number; none before the first update
+        for i, master in enumerate(self.masters):
+            tensors = [state["masters"][i], *moments.get(i, {}).values()]
+            shapes = {tensor.shape for tensor in tensors} - {torch.Size()}  # AdamW's step
+            check(shapes == {master.shape}, f"tensor {i} has shapes {shapes}.")
+            master.copy_(tensors[0])
         self.adamw.load_state_dict(state["adamw"])
 
 
@@ -299,19 +301,6 @@ def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     print(line, flush=True)
 
 
-def summary(run: Path, episodes: list[Episode]):
-    """Three failures that were mended, what is trained between brackets; the table."""
-    mended = [e for e in episodes if is_mended(e)]
-    for e in mended[:3]:
-        print(f"\nA failure that was mended, {e.problem['key'][:300]}:")
-        print(f"  attempt     {e.attempt.text[:500]}   ({e.attempt_verdict['detail']})")
-        print(f"  reflection  [[ {e.reflection.text[:500]} ]]")
-        print(f"  retry       {e.retries[0].text[:500]}")
-    before, *_, after = read_rows(run / "eval.jsonl")
-    print(f"\n{table({'before': before, 'after': after})}")
-    print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
-
-
 # ---- checkpoints and files ----
 def save_checkpoint(run: Path, step: int, model, chat, optimizer):
     """RUN/step-NNNNNN, renamed when it is whole. Then the one before it goes."""
@@ -321,7 +310,7 @@ def save_checkpoint(run: Path, step: int, model, chat, optimizer):
     try:  # for a full disk torch.save has a RuntimeError
         with explain(hint, OSError, RuntimeError, UserError):
             save(model, chat, beside)
-            torch.save({"step": step} | optimizer.state(), beside / "state.pt")
+            torch.save(optimizer.state(), beside / "state.pt")
             make_durable(beside)
             os.rename(beside, final)
             make_durable(run)  # before the old one goes
@@ -358,10 +347,11 @@ def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
         with explain(f"the checkpoint {checkpoint} is damaged", Exception):
             state = torch.load(path, map_location=device, weights_only=True)
             optimizer.restore(state)
-        step = state["step"]
+        step = int(checkpoint.name.removeprefix("step-"))
     for name in ("metrics.jsonl", "episodes.jsonl", "eval.jsonl"):
         if (run / name).exists():
-            rows = [row for row in read_rows(run / name) if row["step"] <= step]
+            with explain(f"{run / name} is damaged: mend or delete it", Exception):
+                rows = [row for row in read_rows(run / name) if row["step"] <= step]
             rewrite(run / name, rows)
     return step
 
@@ -396,8 +386,11 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
     """A new run's folder and options, or on --resume those of an old one."""
     if config.resume:
         run = Path(config.resume)
-        with explain(f"{run} is not the folder of a run", TypeError):
-            stored = Config(**read_json(run / "config.json"))
+        # What is stored passes the same checks as what is given.
+        values = read_json(run / "config.json")
+        words = [f"--{name}={values[name]}" for name in values]
+        stored, names = parse(words, "", "train.py")
+        check("model" in names, f"{run} is not the folder of a run.")
         others = ", ".join(f"--{name}" for name in sorted(given - {"resume"}))
         check(not others, f"--resume takes the run's own options: leave out {others}.")
         return run, replace(stored, resume=config.resume)
@@ -426,7 +419,7 @@ def main(argv=None):
         run, config = open_run(config, given)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         lock = FileLock(run / "lock", timeout=0)
-        with explain(f"another process writes {run}: wait for its end", TimeoutError):
+        with explain(f"another process writes {run}: wait for its end", OSError):
             lock.acquire()
         try:
             train(run, config)

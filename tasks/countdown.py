@@ -53,8 +53,8 @@ class Countdown(Task):
             problem = problem_of(nums, random_result(nums, rng))
             key = problem["key"]
             misses += 1
-            is_wanted = in_test(key) == (split == "test")
-            if is_wanted and key not in found and 10 <= problem["target"] <= 99:
+            wanted = in_test(key) == (split == "test")
+            if wanted and key not in found and 10 <= problem["target"] <= 99:
                 found[key] = problem
                 misses = 0
         return list(found.values())

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from model import check, explain
-from tasks import Task, Verdict, load_rows, without_thinking
+from tasks import Task, Verdict, in_test, load_rows, without_thinking
 
 ANSWER = """Answer with one call for each thing requested, each in this form:
 <tool_call>
@@ -50,7 +50,7 @@ class FunctionCalling(Task):
 
     def __init__(self, data="", difficulty=""):
         """difficulty of the embedded problems: "easy", "normal" (the default) or "hard"."""
-        self.rows = load(data) if data else load_embedded(difficulty or "normal")
+        self.rows = load(self, data) if data else load_embedded(difficulty or "normal")
         check(self.rows, f"no difficulty '{difficulty}', but 'easy', 'normal', 'hard'.")
 
     def messages(self, problem, native_tools=False):
@@ -89,7 +89,7 @@ def load_embedded(level):
     return [problem for problem in problems if problem["difficulty"] == level]
 
 
-def load(data):
+def load(task, data):
     """A user's file; extras/ knows other forms than ours."""
     rows = load_rows(data)
     ours = {"key", "messages", "tools", "answers"}
@@ -97,7 +97,9 @@ def load(data):
         for number, problem in enumerate(rows, 1):  # used once: none fails in a run
             check(ours <= problem.keys(), f"{data}, row {number} lacks one of {ours}.")
             with explain(f"{data}, row {number} is malformed", Exception):
-                judge(problem, problem["answers"])
+                in_test(problem["key"]), task.messages(problem)
+                right = task.verify(problem, task.answer(problem)).ok
+            check(right, f"{data}, row {number}: its own answers do not pass.")
         return rows
     with explain(f"{data} needs extras/convert.py", ImportError):
         from extras.convert import convert
@@ -134,6 +136,7 @@ def first_choice(accepted):
         return accepted
     value = {}
     for key, choices in accepted.items():
+        choices = choices if isinstance(choices, list) else [choices]
         present = [choice for choice in choices if choice != ""]
         value[key] = first_choice(present[0]) if present else ""
     return value
@@ -164,8 +167,8 @@ def compare_arguments(wanted, given, schema):
             accepted = [accepted]
         if key not in required:
             value, accepted = fill(value, spec), [fill(choice, spec) for choice in accepted]
-        missing = key in required and key not in given
-        if missing or not any(same(choice, value, spec) for choice in accepted):
+        lacks = key in required and key not in given
+        if lacks or not any(same(choice, value, spec) for choice in accepted):
             error = "wrong values" if key in in_both else "wrong parameters"
             detail = f"{key!r:.80}: expected {accepted!r:.200}, found {value!r:.80}."
             return Verdict(False, error, detail)

@@ -12,8 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Chat, Decoder, ModelConfig  # noqa: E402
 
-# Of models so small: a second thread costs more than it gives. Nor may the programs that a
-# test starts have one: sums are split by threads, and their last bits would differ.
+# Of models so small: a second thread costs more than it gives; also to what tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -2,11 +2,11 @@
 
     python tests/crash.py --kills 10 --full_disks
 
-The kills (SIGKILL) come at random moments and, in turn, at the points below; the second one
-of a run may come while it resumes. Compared are the weights, the optimizer, the logs
-without times, the pool, the evaluations, and which files there are. --full_disks ends runs
-at the first write beyond a size of a file (RLIMIT_FSIZE): in the pool, the weights, the
-optimizer; each must end in a sentence, and the next command go on.
+The kills come at random moments (some are SIGTERM or SIGHUP) and, in turn, at the points
+below; the second one of a run may come while it resumes. Compared are the weights, the
+optimizer, the logs without times, the pool, the evaluations, and which files there are.
+--full_disks ends runs at the first write beyond a size of a file (RLIMIT_FSIZE): in the
+pool, the weights, the optimizer; each must end in a sentence, and the next command go on.
 """
 
 import argparse
@@ -43,8 +43,9 @@ POINTS = {  # name -> what is called there; the kill comes before it
     "between rename and deletion": (train.shutil, "rmtree"),
     "while resuming": (train, "restore"),
     "while a log is cut": (train.os, "replace"),
-    "at the very end": (train, "summary"),
+    "at the very end": (train, "table"),
 }
+SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGHUP")  # the last: a closed terminal
 FULL = (3_000, 8_000, 15_000, 2_000_000, 6_000_000)  # bytes that a file may have
 TIMES = ("seconds", "memory_gb", "sampled_tokens_per_second", "training_tokens_per_second")
 
@@ -99,9 +100,10 @@ def kill(run: Path, rng: random.Random, seconds: float, point: str | None) -> st
             process.wait(after)
             return "was done before the kill"
         except subprocess.TimeoutExpired:
-            process.kill()
+            name = rng.choice(SIGNALS)
+            process.send_signal(signal.Signals[name])
         process.communicate()
-        return f"killed after {after:.1f} s"
+        return f"{name} after {after:.1f} s"
     count = rng.randint(1, 3)
     if point.startswith("while"):  # there must be something to go on from
         start(begin(run), "training", 3).communicate()

@@ -6,7 +6,7 @@
     python tests/fuzz.py keep FOLDER FOLDER                  the small ones, for the tests
 
 Whatever a model writes, verify answers, in time, and never passes what another reading
-refuses. What follows FOLDER's program is libFuzzer's; tests/fuzzed.json holds what was found.
+refuses. Options are libFuzzer's; tests/fuzzed.json holds what was found.
 """
 
 import json
@@ -30,7 +30,7 @@ SEEDS = {
         '<tool_call>\n{"name": "trip", "arguments": {"to": "Rome"}}\n</tool_call>',
         '```json\n[{"name": "trip", "parameters": {"to": "rome ", "days": 3}}]\n```',
         '{"tool_calls": [{"function": {"name": "trip", "arguments": "{}"}}]}',
-        '<think>{"name"</think>{"name": "trip", "arguments": {"to": "Rome", "stops": [{}]}}',
+        '<think>{"name"</think>{"name": "trip", "arguments": {"to": "Rome", "stops": []}}',
     ],
 }
 TRIP = {
