@@ -1,12 +1,15 @@
 """Kills short runs, resumes them, and compares them with an unbroken one, bit for bit.
 
     python tests/crash.py --kills 10 --full_disks
+    python tests/crash.py --kills 0 --power_cuts 10         as root, on Linux
 
 The kills come at random moments (some are SIGTERM or SIGHUP) and, in turn, at the points
 below; the second one of a run may come while it resumes. Compared are the weights, the
 optimizer, the logs without times, the pool, the evaluations, and which files there are.
 --full_disks ends runs at the first write beyond a size of a file (RLIMIT_FSIZE): in the
 pool, the weights, the optimizer; each must end in a sentence, and the next command go on.
+--power_cuts writes to a file system in an image and goes on from a copy of that image, made
+while the run goes: it has what was synced, and of the rest what happened to be written.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +128,34 @@ def fill_the_disk(run: Path, limit: int) -> str:
     return f"files of {limit:,} bytes: {said.replace(str(run), 'RUN')[:70]}..."
 
 
+def cut_the_power(whole: Path, work: Path, after: float) -> bool:
+    """One run on a disk of its own, which is copied in the middle; the copy goes on."""
+    work.mkdir()
+    disk, image, copy = work / "disk", work / "image", work / "copy"
+    disk.mkdir()
+    command("truncate", "--size=200M", image)
+    command("mkfs.ext4", "-q", image)
+    command("mount", "-o", "loop", image, disk)
+    process = start(begin(disk / "run"))
+    time.sleep(after)
+    process.send_signal(signal.SIGSTOP)
+    shutil.copyfile(image, copy)
+    process.kill()
+    process.communicate()
+    command("umount", disk)
+    command("mount", "-o", "loop", copy, disk)  # replays the journal, as after a cut
+    found = sorted(path.name for path in (disk / "run").glob("*"))
+    try:
+        return goes_on(whole, disk / "run", f"power cut after {after:.1f} s, left {found}")
+    finally:
+        command("umount", disk)
+        shutil.rmtree(work)
+
+
+def command(*words):
+    subprocess.run([str(word) for word in words], check=True)
+
+
 def rows_of(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
@@ -174,6 +206,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--full_disks", action="store_true")
+    parser.add_argument("--power_cuts", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, bad = random.Random(options.seed), 0
@@ -185,6 +218,9 @@ def main():
         for limit in FULL if options.full_disks else ():
             run = Path(folder) / f"full-{limit}"
             bad += not goes_on(whole, run, fill_the_disk(run, limit))
+        for cut in range(options.power_cuts):
+            after = rng.uniform(0.3, 1.0) * seconds
+            bad += not cut_the_power(whole, Path(folder) / f"cut-{cut}", after)
         points, done = itertools.cycle([None, *POINTS]), 0
         while done < options.kills:
             run, deaths = Path(folder) / f"killed-{done}", []
