@@ -8,7 +8,7 @@ import difflib
 import inspect
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import sha256
@@ -178,16 +178,13 @@ def open_model(config: Config):
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = getattr(torch, config.dtype)
     model, chat = load(config.model, config.device, dtype, config.context)
-    try:  # faster sampling, which is no part of the method
+    with suppress(ImportError):  # faster sampling, which is no part of the method
         from extras import cuda_graphs, fast_cpu
-    except ImportError:
-        pass
-    else:
+
         speed_up = fast_cpu.pack if config.device == "cpu" else cuda_graphs.sample_by_graphs
         speed_up(model)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    where = f"{config.dtype} on {config.device}"
-    print(f"{config.model}: {millions:,.1f} M parameters, {where}")
+    print(f"{config.model}: {millions:,.1f} M weights, {config.dtype} on {config.device}")
     return model, chat, task
 
 
@@ -206,6 +203,14 @@ def plain_errors(program: str):
         os._exit(1)  # quietly: what read our output has ended
     except KeyboardInterrupt:
         sys.exit(f"{program}: stopped. A run that was begun goes on with --resume.")
+
+
+def write_page(folder: Path):
+    """FOLDER/report.html, where extras/ stands: to look at what was done."""
+    with suppress(ImportError):
+        from extras.report import at_the_end
+
+        at_the_end(folder)
 
 
 def seeded(model, *names):

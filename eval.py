@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from config import chunks, open_model, parse, plain_errors, seeded
+from config import chunks, open_model, parse, plain_errors, seeded, write_page
 from model import explain
 from rrr import Episode, Rollout
 
@@ -158,6 +158,7 @@ def main(argv=None):
             (out / "eval_episodes.jsonl").write_text("".join(lines), encoding="utf-8")
         print(table({config.model: report}))
         print(f"\n{out}/eval.json and {out}/eval_episodes.jsonl")
+        write_page(out)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ class ModelConfig(SimpleNamespace):
         config = cls(**{**source, **rope}, source=source)
         config.rope_type = rope.get("rope_type") or rope.get("type")
         check_supported(config)
-        few = 0 < config.num_hidden_layers <= 1000  # each is built before weights are read
-        check(few, f"config.json has {config.num_hidden_layers!r:.20} layers.")
+        # They are built before any weight is read.
+        check(0 < config.num_hidden_layers <= 1000, "config.json: not 1 to 1000 layers.")
         H = config.num_attention_heads
         KV = config.num_key_value_heads or H
         check(H % KV == 0, f"config.json: {H} heads cannot share {KV} key heads.")

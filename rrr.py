@@ -121,9 +121,8 @@ class Rollout:
                 fits.append(problem)
             except UserError as error:
                 refusal = error
-        if refusal and not fits:
-            raise refusal
         if refusal:
+            check(fits, str(refusal))
             print(f"{len(problems) - len(fits)} of {len(problems)} left out: {refusal}")
         return fits
 

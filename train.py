@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import nn
 
 import rrr
-from config import Config, chunks, open_model, parse, plain_errors, seeded
+from config import Config, chunks, open_model, parse, plain_errors, seeded, write_page
 from eval import evaluate, is_mended, mean_length, percent, share_cut, table
 from model import UserError, check, explain, load, read_json, resolve, save
 from rrr import Episode, Rollout, Turn, make_batches, trained_logps
@@ -29,10 +29,8 @@ from rrr import Episode, Rollout, Turn, make_batches, trained_logps
 
 def train(run: Path, config: Config):
     """Collects failures, evaluates, trains, evaluates again. Goes on where `run` stands."""
-    drop_old_checkpoints(run)  # of a run that was killed before it could
-    checkpoint = next(iter(checkpoints(run)), None)
-    source = str(checkpoint or config.model)
-    model, chat, task = open_model(replace(config, model=source))
+    checkpoint = keep_newest(run)  # a run may have been killed before it could
+    model, chat, task = open_model(replace(config, model=str(checkpoint or config.model)))
     model.checkpointing = config.checkpointing
     reference = None
     if config.kl_beta > 0:  # the KL term holds the model near its untrained self
@@ -75,6 +73,7 @@ def train(run: Path, config: Config):
     before, *_, after = read_rows(run / "eval.jsonl")
     print(f"\n{table({'before': before, 'after': after})}")
     print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
+    write_page(run)
 
 
 def keep_evaluation(run: Path, rollout: Rollout, problems, step: int):
@@ -316,7 +315,7 @@ def save_checkpoint(run: Path, step: int, model, chat, optimizer):
             make_durable(run)  # before the old one goes
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    drop_old_checkpoints(run)
+    keep_newest(run)
 
 
 def make_durable(folder: Path):
@@ -328,15 +327,13 @@ def make_durable(folder: Path):
             os.close(handle)
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """In their order. Only names that are exactly step-NNNNNN are ours."""
-    return sorted(run.glob("step-" + 6 * "[0-9]"))
-
-
-def drop_old_checkpoints(run: Path):
-    """All but the newest."""
-    for old in checkpoints(run)[:-1]:
+def keep_newest(run: Path) -> Path | None:
+    """The newest checkpoint, if there is one; removes those before it. Only folders whose
+    names are exactly step-NNNNNN are ours."""
+    checkpoints = sorted(run.glob("step-" + 6 * "[0-9]"))
+    for old in checkpoints[:-1]:
         shutil.rmtree(old, ignore_errors=True)
+    return checkpoints[-1] if checkpoints else None
 
 
 def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
@@ -359,9 +356,8 @@ def restore(run: Path, checkpoint: Path | None, optimizer: MasterAdamW) -> int:
 def append(path: Path, rows: list[dict]):
     """Rows of JSON, a line each, in one write. UserError where that fails."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    with explain(f"{path} cannot be written", OSError):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+    with explain(f"{path} cannot be written", OSError), path.open("ab") as file:
+        file.write("".join(lines).encode())
 
 
 def rewrite(path: Path, rows: list[dict]):
@@ -377,7 +373,7 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of such a file, if it is there, without a last line that is not whole."""
     if not path.exists():
         return []
-    with explain(f"{path} cannot be read", OSError, ValueError):
+    with explain(f"{path} cannot be read", OSError, ValueError, RecursionError):
         *lines, _ = path.read_bytes().split(b"\n")
         return [json.loads(line) for line in lines]
 

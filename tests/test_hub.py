@@ -490,9 +490,7 @@ def test_program_reads_another_endpoint_cache_or_token(hub, tmp_path):
     ]
     arguments = ["eval.py", "--model=owner/name", f"--out={tmp_path / 'out'}", *limits]
     done = python(hub, tmp_path, *arguments, HF_TOKEN="hf_secret")
-    assert done.returncode == 0 and "owner/name: 0.1 M parameters" in done.stdout, (
-        done.stderr
-    )
+    assert done.returncode == 0 and "owner/name: 0.1 M weights" in done.stdout, done.stderr
     assert (tmp_path / "out" / "eval.json").is_file()
     assert Counter(hub.fetched) == Counter(OURS)
     assert any(
