@@ -127,7 +127,7 @@ def test_the_road_keeps_to_its_budget():
     counts = [Count(file) for file in ROAD]
     assert sum(c.lines for c in counts) <= 2450
     code, words = sum(c.code for c in counts), sum(c.words for c in counts)
-    assert code <= 1800
+    assert code <= 2000
     assert words / (words + code) >= 0.15
     assert statistics.median(width for c in counts for width in c.widths) <= 44
     assert sum(c.nested for c in counts) <= 16
@@ -138,7 +138,7 @@ def test_the_road_keeps_to_its_budget():
 @in_ci
 def test_extras_keep_to_theirs():
     lines = {file: Count(file).lines for file in EXTRAS}
-    assert sum(lines.values()) <= 800 and max(lines.values()) <= 300
+    assert sum(lines.values()) <= 1300 and max(lines.values()) <= 300
 
 
 @in_ci
@@ -162,7 +162,7 @@ def test_the_readme_tells_the_true_line_counts(of):
 
 @in_ci
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 200
 
 
 # ---- who may import whom ----
