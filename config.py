@@ -89,17 +89,16 @@ def defaults_for(config: Config) -> dict:
     if "reflection_tokens" in stored:  # a run: what it was trained with
         names = {field.name for field in fields(Config)} & stored.keys()
         names -= {"model", "device", "seed", "out", "pool", "resume"}
-        return {name: stored[name] for name in names}
-    if config.model == "tiny":
+        return {key: stored[key] for key in names}
+    if config.model in ("tiny", "tiny-calls"):
         changed = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
         changed |= {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
-        if config.task == "countdown" and not config.data:
-            changed["difficulty"] = "3x12"
+        own = {"countdown": "3x12", "function_calling": "mini"}
+        changed["difficulty"] = "" if config.data else own.get(config.task, "")
         return changed | {"steps": 45, "lr": 3e-4}
     if config.device == "cuda":  # results/gpu.md says why
         changed = {"checkpointing": True, "micro_batch_tokens": 8192}
-        changed |= {"steps": 600, "lr": 1e-6, "pool_problems": 8000}
-        return changed | {"eval_every": 50}
+        return changed | {"steps": 600, "lr": 1e-6, "pool_problems": 8000, "eval_every": 50}
     # On a CPU: enough to look at what happens, too little to learn from.
     changed = {"attempt_tokens": 128, "reflection_tokens": 96, "retry_tokens": 128}
     changed |= {"sample_rows": 32, "batch_size": 4, "group_size": 4}
@@ -122,18 +121,19 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
     for flag, field in options.items():
         read = partial(convert, field)
         parser.add_argument(flag, type=read, help=argparse.SUPPRESS)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], options, 1) or ["--help"]
-        raise UserError(f"there is no option {unknown[0]}; did you mean {nearest[0]}?")
-    given = vars(given)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        nearest = difflib.get_close_matches(rest[0], options, 1) or ["--help"]
+        raise UserError(f"there is no option {rest[0]}; did you mean {nearest[0]}?")
 
-    config = Config(**given)
+    config = Config(**vars(given))
+    if config.model == "tiny" and config.task == "function_calling" and not config.data:
+        config.model = "tiny-calls"
     resolve_auto(config)  # so that a run's config.json tells what was used
     for name, value in defaults_for(config).items():
         if name not in given:
             setattr(config, name, value)
-    return config, set(given)
+    return config, set(vars(given))
 
 
 def convert(field, text: str):

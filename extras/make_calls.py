@@ -12,6 +12,7 @@ import random
 from datetime import date, timedelta
 from pathlib import Path
 
+from extras import make_mini
 from extras.convert import one_choice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,14 +28,19 @@ def jsonl() -> str:
     catalogue = json.loads((ROOT / "extras" / "tools.json").read_text(encoding="utf-8"))
     domains = catalogue["domains"]
     tools = sum(domains.values(), [])
-    lines = [json.dumps({tool["name"]: as_offered(tool) for tool in tools})]
+    all_tools = [*tools, *make_mini.TOOLS.values()]
+    lines = [json.dumps({tool["name"]: as_offered(tool) for tool in all_tools})]
     for split, rows in ROWS.items():
         pools = pools_of(catalogue, split)
-        for difficulty, level in LEVELS.items():
+        for difficulty in [*LEVELS, "mini"]:
             rng = random.Random(f"{split} {difficulty}")
             problems = {}
             while len(problems) < rows:
-                problem = make_problem(rng, domains, pools, split, level)
+                if difficulty == "mini":
+                    problem, _, _ = make_mini.make_problem(rng, split)
+                else:
+                    level = LEVELS[difficulty]
+                    problem = make_problem(rng, domains, pools, split, level)
                 problem |= {"difficulty": difficulty, "split": split}
                 calls = sorted(map(json.dumps, problem["answers"]))
                 problems.setdefault(str(calls), problem)

@@ -108,9 +108,18 @@ def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
     return [attempt, reflection, retry[1]]
 
 
-def encode(problem, turns, task, chat, glues, given):
+def draw(problem, task, rng):
+    """The problem, its turns, and what is given: nothing (0), the failure (1), the failure
+    and a search's first token (2)."""
+    problem = problem | {"nums": rng.sample(problem["nums"], 3)}
+    given = rng.randrange(3)
+    kinds = {"search": 1} if given == 2 else KINDS
+    return problem, conversation(problem, task, rng, 0 if given else RIGHT, kinds), given
+
+
+def encode(problem, turns, given, task, chat, glues):
     """ids, and which are trained: the assistant's turns with their ends, given ones not."""
-    pieces = [chat.prompt(task.messages(problem))]
+    pieces = [chat.prompt(task.messages(problem, True), task.tools(problem))]
     for text, glue in zip(turns, [*glues, []]):
         pieces += [chat.encode(text + "<|im_end|>"), glue]
     start = len(sum(pieces[:3], [])) + given - 1 if given else 0
@@ -122,18 +131,14 @@ def encode(problem, turns, task, chat, glues, given):
     return torch.tensor(ids), torch.tensor(trained)
 
 
-def batches(problems, task, chat, rng, rows=32):
+def batches(problems, task, chat, rng, draw=draw, rows=32):
     """Endless batches of conversations of like length: ids, trained, both (B, T)."""
     end = chat.encode("<|im_end|>")[0]
     glues = [chat.glue(instruction, end) for instruction in (task.reflect, task.retry)]
     while True:
         pool = []
         for problem in rng.choices(problems, k=rows * 16):
-            problem = problem | {"nums": rng.sample(problem["nums"], 3)}
-            given = rng.randrange(3)  # the failure (1), and a search's first token (2)
-            kinds = {"search": 1} if given == 2 else KINDS
-            turns = conversation(problem, task, rng, 0 if given else RIGHT, kinds)
-            pool.append(encode(problem, turns, task, chat, glues, given))
+            pool.append(encode(*draw(problem, task, rng), task, chat, glues))
         pool.sort(key=lambda pair: len(pair[0]))
         groups = [pool[i : i + rows] for i in range(0, len(pool), rows)]
         rng.shuffle(groups)
@@ -152,23 +157,32 @@ def initialise(model):
             nn.init.normal_(p, std=0.02) if p.dim() == 2 else nn.init.zeros_(p)
 
 
-def warm_up(model, chat, stream, steps):
+def mean_with_verdicts(chat):
+    """The loss: a mean in which verdicts, on which all hangs, count eight times."""
+    verdicts = torch.tensor([chat.encode(word)[1] for word in ("? yes", "? no", "? no; ")])
+
+    def mean(losses, targets, rows):
+        weights = 1 + 7 * torch.isin(targets, verdicts)  # (N,)
+        return (weights * losses).sum() / weights.sum()
+
+    return mean
+
+
+def warm_up(model, stream, steps, reduce):
     """Next-token training. Muon learns these small matrices in half of AdamW's steps."""
     named = dict(model.named_parameters())
     others = [p for name, p in named.items() if p.dim() < 2 or "embed" in name]
     matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
     muon = torch.optim.Muon(matrices, weight_decay=0.01)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
-    verdicts = torch.tensor([chat.encode(word)[1] for word in ("? yes", "? no", "? no; ")])
     for step in tqdm(range(steps), "warm-up"):
         scale = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         ids, trained = next(stream)  # (B, T)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         hidden = model(ids, positions)[:, :-1][trained[:, 1:]]  # (N, C)
         targets = ids[:, 1:][trained[:, 1:]]  # (N,)
-        weights = 1 + 7 * torch.isin(targets, verdicts)  # (N,) all hangs on these tokens
         losses = F.cross_entropy(model.logits(hidden), targets, reduction="none")
-        loss = (weights * losses).sum() / weights.sum()
+        loss = reduce(losses, targets, len(ids))
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,5 +214,6 @@ if __name__ == "__main__":
     config = read_json(TINY / "config.json") | {"vocab_size": tokenizer.get_vocab_size()}
     model = Decoder(ModelConfig.from_dict(config), context=1024)
     initialise(model)
-    warm_up(model, chat, batches(problems, task, chat, rng), STEPS)
+    stream = batches(problems, task, chat, rng)
+    warm_up(model, stream, STEPS, mean_with_verdicts(chat))
     save(model, chat, Path(sys.argv[1]))

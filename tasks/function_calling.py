@@ -49,9 +49,9 @@ class FunctionCalling(Task):
     )
 
     def __init__(self, data="", difficulty=""):
-        """difficulty of the embedded problems: "easy", "normal" (the default) or "hard"."""
+        """difficulty of our own problems: easy, normal (the default), hard or mini."""
         self.rows = load(self, data) if data else load_embedded(difficulty or "normal")
-        check(self.rows, f"no difficulty '{difficulty}', but 'easy', 'normal', 'hard'.")
+        check(self.rows, f"no difficulty '{difficulty}': 'easy', 'normal', 'hard', 'mini'.")
 
     def messages(self, problem, native_tools=False):
         """The request; without native_tools, the tools in words before it."""

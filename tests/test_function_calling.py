@@ -6,13 +6,14 @@ import json
 import lzma
 import math
 import os
+import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
-from extras import make_calls
+from extras import make_calls, make_mini
 from extras.convert import convert, one_choice
 from model import UserError
 from tasks import get_task, load_rows
@@ -258,7 +259,7 @@ def test_unknown_difficulty_is_refused_by_name():
         FunctionCalling(difficulty="extreme")
 
 
-@pytest.mark.parametrize("difficulty", ["easy", "normal", "hard"])
+@pytest.mark.parametrize("difficulty", ["easy", "normal", "hard", "mini"])
 def test_the_known_answer_is_one_that_verify_accepts(difficulty):
     """The ceiling of eval.py. Prevents: a wrong answer that is taken for the best hint."""
     task = get_task("function_calling", "", difficulty)
@@ -294,6 +295,80 @@ def test_messages_hold_the_tools_once(task, problems):
     assert (
         native[0]["content"] in words[0]["content"] and "<tool_call>" in words[0]["content"]
     )
+
+
+# The problems of difficulty mini
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return FunctionCalling(difficulty="mini")
+
+
+def test_mini_problems_are_as_promised(mini):
+    """Two tools, one call, a name to be copied, a number and a time. Prevents: an answer
+    that verify refuses, a wanted tool that is not on offer, values of another type."""
+    assert len(mini.problems("train", 10**6, 0)) == 3000
+    assert len(mini.problems("test", 10**6, 0)) == 500
+    wanted = Counter()
+    for problem in mini.rows:
+        assert mini.verify(problem, mini.answer(problem)).ok
+        [answer] = problem["answers"]
+        wanted[answer["name"]] += 1
+        assert len(problem["tools"]) == 2
+        numbers = [v for [v] in answer["arguments"].values() if isinstance(v, int)]
+        strings = [v for [v] in answer["arguments"].values() if isinstance(v, str)]
+        assert len(numbers) == 1 and numbers[0] >= 2
+        assert sorted(":" in text for text in strings) == [False, True]
+    domains = make_mini.WORDS["domains"]
+    assert len(domains) >= 4 and sorted(wanted) == sorted(make_mini.TOOLS)
+    assert len(wanted) >= 12 and min(wanted.values()) > 200
+
+
+def parts_of(problem):
+    """Its name, sum and time, read from the sentence, and the sentence without them."""
+    text = problem["messages"][0]["content"]
+    [answer] = problem["answers"]
+    values = [value for [value] in answer["arguments"].values()]
+    [name] = [v for v in values if isinstance(v, str) and ":" not in v]
+    [value] = [v for v in values if isinstance(v, int)]
+    time = re.search(r"(\d+) minutes (after|before|later|earlier).*?(\d+):(\d+)", text)
+    minutes, way, hour, minute = time.groups()
+    sign = 1 if way in ("after", "later") else -1
+    moved = 60 * int(hour) + int(minute) + sign * int(minutes)
+    assert f"{moved // 60:02}:{moved % 60:02}" in values, text
+    a, b, c = map(int, re.findall(r"\d+", text.replace(time[0], "")))
+    assert value in (a * b + c, a * b - c) and text.count(name) == 1, text
+    sentence = re.sub(r"\d+", "#", text.replace(name, "@"))
+    for one, other in (("after", "before"), ("later", "earlier")):
+        sentence = sentence.replace(f"minutes {other}", f"minutes {one}")
+    parts = {"name": name, "sum": (a, b, value - a * b), "time": (hour, minute, moved)}
+    return parts | {"sentence": sentence}
+
+
+def test_mini_trains_on_no_part_that_it_is_tested_on(mini):
+    """No problem for training has a name, a sum, a time or a sentence (with its beginning
+    and its way to say a time) of the test split. All single words are in both. Prevents:
+    figures of a table that was learnt by heart."""
+    parts = {"train": defaultdict(set), "test": defaultdict(set)}
+    words = {"train": set(), "test": set()}
+    for problem in mini.rows:
+        split, text = problem["split"], problem["messages"][0]["content"]
+        words[split] |= set(re.findall(r"[A-Za-z]+", text))
+        for part, value in parts_of(problem).items():
+            parts[split][part].add(value)
+    for part, values in parts["test"].items():
+        assert len(values) > 40 and not values & parts["train"][part], part
+    assert words["test"] <= words["train"]
+
+
+def test_mini_requests_are_english(mini):
+    """Prevents: 'a 8', an empty place, a lower-case beginning, two stops."""
+    for problem in mini.rows:
+        text = problem["messages"][0]["content"]
+        assert text[0].isupper() and text[-1] in ".?" and "{" not in text
+        assert (text[-1] == "?") == text.startswith(("Could", "Can")), text
+        assert not re.search(r"  |\.\.|,,| ,|\b[Aa]n? \d|\b1 [a-z]+s\b|\b0 ", text), text
 
 
 # The verifier: corruptions of right answers

@@ -1,6 +1,7 @@
-"""The embedded model and the corpus that it was made from."""
+"""The embedded models and the corpora that they were made from."""
 
 import itertools
+import json
 import random
 import re
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from extras import make_tiny
-from model import Decoder, ModelConfig, read_json
+from config import parse
+from extras import make_tiny, make_tiny_calls
+from model import Chat, Decoder, ModelConfig, load, read_json
 from tasks import in_test
 from tasks.countdown import Countdown, evaluate
+from tasks.function_calling import FunctionCalling
 
 TASK = Countdown(difficulty=f"3x{make_tiny.MAX_NUMBER}")
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -94,7 +97,7 @@ def test_the_warm_up_repeats_itself(tiny_chat):
         model = Decoder(config, 1024)
         make_tiny.initialise(model)
         stream = make_tiny.batches(problems, TASK, tiny_chat, random.Random(0), rows=4)
-        make_tiny.warm_up(model, tiny_chat, stream, steps=3)
+        make_tiny.warm_up(model, stream, 3, make_tiny.mean_with_verdicts(tiny_chat))
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -112,9 +115,134 @@ def test_only_the_assistants_turns_are_trained(tiny_chat):
             assert TASK.retry not in words and TASK.reflect not in words
 
 
-def test_the_embedded_model_is_small_and_spells_digits(tiny_chat):
-    folder = ROOT / "tiny"
-    assert (
-        sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) < 8 * 10**6
-    )
-    assert len(tiny_chat.encode("1234567890")) == 10
+def test_the_embedded_models_are_small_and_spell_digits(tiny_chat):
+    files = [path for path in (ROOT / "tiny").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8 * 10**6
+    for chat in (tiny_chat, Chat(ROOT / "tiny" / "calls")):
+        assert len(chat.encode("1234567890")) == 10
+
+
+# ---- function calling ----
+CALLS = FunctionCalling(difficulty="mini")
+
+
+@pytest.fixture(scope="module")
+def calls_chat():
+    return Chat(ROOT / "tiny" / "calls")
+
+
+@pytest.fixture(scope="module")
+def call_conversations():
+    """(problem, its turns): of each kind of reflection, and the drills."""
+    rng, pairs = random.Random(0), []
+    for problem in make_tiny_calls.make_problems(rng, 300):
+        for kinds in (make_tiny_calls.KINDS, {"drill": 1}):
+            turns = make_tiny_calls.conversation(problem, CALLS, rng, 0, kinds)
+            pairs.append((problem, turns))
+    return pairs
+
+
+def test_tiny_means_the_model_of_the_task():
+    """Prevents: a Countdown model that is asked for calls, defaults of the other task."""
+
+    def options(words):
+        return parse(words.split(), "", "train.py")[0]
+
+    config = options("--task function_calling")
+    assert (config.model, config.difficulty) == ("tiny-calls", "mini")
+    config = options("--model tiny --task function_calling --difficulty easy")
+    assert (config.model, config.difficulty) == ("tiny-calls", "easy")
+    config = options("--task function_calling --data d.jsonl")
+    assert (config.model, config.difficulty) == ("tiny", "")
+    config = options("")
+    assert (config.model, config.difficulty) == ("tiny", "3x12")
+    model, chat = load("tiny-calls")
+    assert chat.native_tools and sum(p.numel() for p in model.parameters()) < 1.5e6
+
+
+def test_all_working_of_the_call_corpus_is_true(call_conversations):
+    """Sums, and times up to minutes over 59. Prevents: working that cannot be trusted."""
+    sums = times = 0
+    for _, turns in call_conversations:
+        reflection = turns[1] if len(turns) == 3 else ""
+        for a, b, product, sign, c, value in re.findall(
+            r"(\d+)\*(\d+)=(\d+)([-+])(\d+)=(\d+)", reflection
+        ):
+            assert int(a) * int(b) == int(product)
+            assert int(product) + int(sign + c) == int(value)
+            sums += 1
+        for chain in re.findall(r"\d+:\d+[-+=:\d]*", reflection):
+            carried = None  # "18:10=17:70-50=17:20": each side goes on from the one before
+            for side in chain.split("="):
+                hour, minute, *signed = re.findall(r"[-+]?\d+", side.replace(":", " "))
+                start = 60 * int(hour) + int(minute)
+                assert carried in (None, start), chain
+                carried = start + sum(map(int, signed))
+            times += "=" in chain
+    assert sums > 300 < times
+
+
+def test_a_retry_takes_over_what_its_reflection_found(call_conversations):
+    """And after a drill it is right. Prevents: a corpus that teaches to ignore reflections,
+    an attempt that is right by chance and reflected upon all the same."""
+    right = []
+    for problem, turns in call_conversations:
+        if len(turns) == 3:
+            assert not CALLS.verify(problem, turns[0]).ok
+            retry = json.loads(turns[2].split("\n")[1])["arguments"]
+            for key in problem["values"]:
+                if re.search(rf"(^|; ){key}: ", turns[1]):
+                    assert retry[key] == problem["values"][key]
+            right.append(CALLS.verify(problem, turns[2]).ok)
+    assert sum(right[1::2]) > 250 and len(right) - sum(right) > 50
+
+
+def test_the_kind_of_reflection_does_not_depend_on_what_was_wrong(call_conversations):
+    """Prevents: a hint of the right answer in the blame, which only training may find."""
+    blamed = {True: 0, False: 0}  # by whether the value was wrong
+    for problem, turns in call_conversations[::2]:
+        if len(turns) == 3 and turns[1].startswith(("The ", "I doubt")):
+            call = json.loads(turns[0].split("\n")[1])
+            for key, value in call["arguments"].items():
+                if re.search(rf" {key} (should|is)", turns[1]):
+                    blamed[value != problem["values"].get(key)] += 1
+    assert blamed[True] > 10 and blamed[False] > 10
+
+
+def test_the_calls_vocabulary_needs_no_bytes(calls_chat):
+    """Prompts with tools, right answers, the instructions, the generic reflection of the
+    controls: for training and for testing. Prevents: words that the model cannot read."""
+    alphabet = set(range(3, 3 + 256))
+    single = {calls_chat.encode(text)[0] for text in "0123456789\n:,.?;=+-*/"}
+    texts = [CALLS.reflect, CALLS.retry, CALLS.generic_reflection]
+    for split in ("train", "test"):
+        for problem in CALLS.problems(split, 500, 0):
+            messages = CALLS.messages(problem, native_tools=True)
+            texts.append(calls_chat.render(messages, CALLS.tools(problem)))
+            texts.append(CALLS.answer(problem))
+    for text in texts:
+        ids = calls_chat.encode(text)
+        assert not set(ids) & alphabet - single, text
+        assert calls_chat.tokenizer.decode(ids, skip_special_tokens=False) == text
+    lengths = [len(calls_chat.encode(text)) for text in texts]
+    assert lengths[:2] == [1, 1] and max(lengths) < 60
+
+
+def test_the_warm_up_for_calls_repeats_itself(calls_chat):
+    """Prevents: a random number from elsewhere, prompts or failures that are trained."""
+    config = ModelConfig.from_dict(read_json(ROOT / "tiny" / "calls" / "config.json"))
+    states = []
+    for _ in range(2):
+        model, rng = Decoder(config, 1024), random.Random(0)
+        make_tiny.initialise(model)
+        problems = make_tiny_calls.make_problems(rng, 50)
+        stream = make_tiny.batches(
+            problems, CALLS, calls_chat, rng, make_tiny_calls.draw, 4
+        )
+        make_tiny.warm_up(model, stream, 2, lambda losses, targets, rows: losses.mean())
+        states.append(model.state_dict())
+        for ids, trained in itertools.islice(stream, 16):
+            for row, mask in zip(ids.tolist(), trained.tolist()):
+                words = calls_chat.decode([i for i, is_in in zip(row, mask) if is_in])
+                assert "type" not in words and CALLS.retry not in words
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -14,12 +14,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from conftest import close  # noqa: E402
+from conftest import ROOT, close  # noqa: E402
 from huggingface_hub import save_torch_state_dict  # noqa: E402
 from make_golden import ROPES  # noqa: E402
 from test_model import CHATML, write_chat  # noqa: E402
 
 from model import load, save  # noqa: E402
+from tasks import get_task  # noqa: E402
 
 REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
 COMMON = dict(
@@ -169,6 +170,32 @@ TOOL = {
         },
     },
 }
+
+
+def test_the_embedded_model_for_calls_is_the_same_to_transformers():
+    """Ids of prompts with tools, answers and instructions, then logits. Prevents: a
+    model_type for which AutoTokenizer builds its own tokenizer (as it does for qwen2)."""
+    folder = ROOT / "tiny" / "calls"
+    ours, chat = load("tiny-calls")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    task = get_task("function_calling", "", "mini")
+    for problem in task.problems("test", 50, 0):
+        messages, tools = task.messages(problem, True), task.tools(problem)
+        ids = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        assert chat.prompt(messages, tools) == ids
+        answer = {"role": "assistant", "content": task.answer(problem)}
+        messages = [*messages, answer, {"role": "user", "content": task.reflect}]
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False
+        )
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        assert whole == chat.prompt(messages, tools)
+        assert whole == ids + chat.encode(task.answer(problem)) + chat.glue(task.reflect)
+        assert tokenizer.decode(whole) == chat.tokenizer.decode(whole, False) == text
+        compare(ours, theirs.eval(), torch.tensor([whole]), what="tiny/calls")
 
 
 def real(name):

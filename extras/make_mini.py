@@ -1,0 +1,83 @@
+"""Here because a model of 0.9 M parameters needs problems of its size: difficulty "mini".
+
+mini.json has the tools and words. Two tools are on offer, one is wanted: a name to be
+copied, a number and a time to be worked out. Training never sees the names (first and last
+word together), sentences (with their way to say a time), sums and times for testing.
+"""
+
+import json
+from pathlib import Path
+
+from extras.convert import one_choice
+from tasks import in_test
+
+WORDS = json.loads(Path(__file__).with_name("mini.json").read_text(encoding="utf-8"))
+TOOLS = {tool["name"]: tool for tools in WORDS["domains"].values() for tool in tools}
+
+
+def make_problem(rng, split) -> tuple[dict, dict, dict]:
+    """A problem, and for each parameter how its value is worked out, and wrong values."""
+    offered = rng.sample(list(TOOLS), 2)
+    tool = TOOLS[rng.choice(offered)]
+    phrasings, frames, times = tool["phrasings"], WORDS["frames"], WORDS["times"]
+    frame, phrasing, time_words = pick(rng, split, frames, phrasings, times)
+    arguments, work, near, said = {}, {}, {}, {}
+    for key, spec in tool["parameters"].items():
+        kind = spec["values"]
+        if kind == "number":
+            sums = range(3, 8), (6, 8, 10, 12, 15, 20), "+-", range(2, 16)
+            parts = pick(rng, split, *sums)
+            said[kind], work[key], near[key] = number(*parts, tool["numbers"])
+            arguments[key] = int(work[key].split("=")[-1])
+        elif kind == "time":
+            parts = pick(rng, split, range(480, 1260, 5), "+-", range(5, 60, 5))
+            said[kind], work[key], near[key] = time(*parts, time_words)
+            arguments[key] = work[key].split("=")[-1][-5:]
+        else:
+            first, last = pick(rng, split, *WORDS["names"][kind])
+            said[kind] = work[key] = arguments[key] = f"{first} {last}"
+            near[key] = [f"{other} {last}" for other in WORDS["names"][kind][0]]
+    request = frame.format(phrasing).format(**said)
+    problem = {
+        "key": request.lower(),
+        "messages": [{"role": "user", "content": request}],
+        "tools": offered,
+        "answers": [{"name": tool["name"], "arguments": one_choice(arguments)}],
+    }
+    return problem, work, near
+
+
+def pick(rng, split, *choices):
+    """One of each, drawn again until the hash of them together is of this split."""
+    while True:
+        drawn = [rng.choice(some) for some in choices]
+        if in_test(str(drawn)) == (split == "test"):
+            return drawn
+
+
+def number(a, b, sign, c, words):
+    """How it is said, how it is worked out, and what one gets by mistakes."""
+    more, fewer = a * b + c, a * b - c
+    value, other = (more, fewer) if sign == "+" else (fewer, more)
+    said = words["+-".index(sign)].format(a=a, b=b, c=c)
+    return said, f"{a}*{b}={a * b}{sign}{c}={value}", [a * b, other, value + 10, value - 1]
+
+
+def time(t, sign, m, words):
+    """The same of a time. 13:35-45 is worked out as 12:95-45, and 13:35+45 as 13:80."""
+    later, earlier = clock(t + m), clock(t - m)
+    hour, minute = divmod(t, 60)
+    if sign == "+":
+        value, other, work = later, earlier, f"{clock(t)}+{m:02}={hour:02}:{minute + m:02}"
+        work += f"={value}" if minute + m >= 60 else ""
+    else:
+        value, other, work = earlier, later, clock(t)
+        work += f"={hour - 1:02}:{minute + 60}" if minute < m else ""
+        work += f"-{m:02}={value}"
+    hour_late = clock(t + 60 + (m if sign == "+" else -m))
+    said = words["+-".index(sign)].format(m=m, t=clock(t))
+    return said, work, [clock(t), other, hour_late]
+
+
+def clock(minutes):
+    return f"{minutes // 60:02}:{minutes % 60:02}"
