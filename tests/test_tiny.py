@@ -213,7 +213,7 @@ def test_the_calls_vocabulary_needs_no_bytes(calls_chat):
     """Prompts with tools, right answers, the instructions, the generic reflection of the
     controls: for training and for testing. Prevents: words that the model cannot read."""
     alphabet = set(range(3, 3 + 256))
-    single = {calls_chat.encode(text)[0] for text in "0123456789\n:,.?;=+-*/"}
+    single = {calls_chat.encode(text)[0] for text in "0123456789\n :,.?;=+-*/"}
     texts = [CALLS.reflect, CALLS.retry, CALLS.generic_reflection]
     for split in ("train", "test"):
         for problem in CALLS.problems(split, 500, 0):
@@ -244,5 +244,5 @@ def test_the_warm_up_for_calls_repeats_itself(calls_chat):
         for ids, trained in itertools.islice(stream, 16):
             for row, mask in zip(ids.tolist(), trained.tolist()):
                 words = calls_chat.decode([i for i, is_in in zip(row, mask) if is_in])
-                assert "type" not in words and CALLS.retry not in words
+                assert "You can call" not in words and CALLS.retry not in words
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
