@@ -125,7 +125,6 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
     if rest:
         nearest = difflib.get_close_matches(rest[0], options, 1) or ["--help"]
         raise UserError(f"there is no option {rest[0]}; did you mean {nearest[0]}?")
-
     config = Config(**vars(given))
     if config.model == "tiny" and config.task == "function_calling" and not config.data:
         config.model = "tiny-calls"

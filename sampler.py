@@ -120,8 +120,8 @@ class KVCache:
         """A copy that holds these rows, in this order; a row may come more than once."""
         new, index = copy(self), torch.tensor(rows, device=self.device)
         new.lengths, new.hidden = self.lengths[index], self.hidden[index]
-        new.keys = [keys[index] for keys in self.keys]
-        new.values = [values[index] for values in self.values]
+        new.keys = [k[index] for k in self.keys]
+        new.values = [v[index] for v in self.values]
         new.unread = [self.unread[i] for i in rows]
         return new
 

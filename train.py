@@ -104,7 +104,7 @@ def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
         check(same, f"{source} is of another model, task or prompt.")
         if not verdict["ok"]:
             failures.append(failure)
-    check(rows, f"{source} is empty or not there.")
+    check(rows, f"{source} is empty or absent.")
     if source != path:
         append(path, rows)
     print(f"failure pool: {len(failures)} failures in {len(rows)} attempts ({path})")
@@ -119,8 +119,7 @@ def say_what_to_expect(rollout: Rollout, failures: list[Episode]):
     generator = seeded(rollout.model, "what to expect")
     tries, cache = rollout.reflect(failures, rollout.reread(failures), 1, generator)
     tries, _ = rollout.retry(tries, cache, 1, generator)
-    mended = sum(map(is_mended, tries))
-    n = len(tries)
+    mended, n = sum(map(is_mended, tries)), len(tries)
     print(f"a reflection mends {mended} of the first {n} failures", flush=True)
     if mended < n / 32:
         print("That is next to no signal: take an easier --difficulty or a larger --model.")
@@ -297,6 +296,8 @@ def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     line += f"{sum(metrics['seconds'].values()):.1f} s"
     if metrics.get("skipped"):
         line += "; the gradient is not finite, no update: lower --lr"
+    if metrics["truncated_reflection"] == 1 or 0 < metrics["reflection_tokens"] <= 1:
+        line += "; all reflections are cut, or empty: lower --lr or raise their cap"
     print(line, flush=True)
 
 

@@ -440,6 +440,13 @@ def test_a_full_disk_loses_nothing(monkeypatch, capsys):
     assert all(torch.equal(saved[name], w) for name, w in weights("r").items())
 
 
+@pytest.mark.parametrize("tokens, named", [(1, True), (24, False)])
+def test_reflections_that_are_all_cut_are_not_named(capsys, tokens, named):
+    """A model that has died goes on for hours, and each line looks like a hard step."""
+    train.main([*QUICK, "--steps", "1", "--reflection_tokens", str(tokens), "--out", "r"])
+    assert ("all reflections are cut, or empty" in capsys.readouterr().out) == named
+
+
 def test_a_bfloat16_run_changes_the_last_bits_of_the_next_one():
     """In the same process its products' precision stayed on, which shows on processors that
     are fast in bfloat16."""
