@@ -50,7 +50,7 @@ def train(run: Path, config: Config):
     reports = read_rows(run / "eval.jsonl")
     if reports and reports[-1]["step"] == config.steps:
         print(f"{run} is finished: there is nothing to resume.")
-        return
+        return write_page(run)
     if not reports:
         keep_evaluation(run, rollout, test, 0)
 
