@@ -348,7 +348,7 @@ TEXT_FILES += "tokenizer.model special_tokens_map.json generation_config.json".s
 def resolve(name: str) -> Path:
     """The folder of a model: `tiny`, a short name, a folder, a run's last step, hub id."""
     if name in ("tiny", "tiny-calls"):
-        return Path(__file__).resolve().parent / name.replace("-", "/")
+        return Path(__file__).resolve().parent / name
     path, repo = Path(name).expanduser(), NAMES.get(name.lower())
     if path.is_dir() and not repo:
         return max(path.glob("step-" + 6 * "[0-9]"), default=path)

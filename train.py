@@ -100,7 +100,7 @@ def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
             verdict = rollout.verify(problem, attempt)
             failure = Episode(problem, row["group"], attempt, verdict)
             # Another run's model must have been asked what this one would be asked.
-            same = attempt.prompt_ids == rollout.prompt(problem)
+            same = source == path or attempt.prompt_ids == rollout.prompt(problem)
         check(same, f"{source} is of another model, task or prompt.")
         if not verdict["ok"]:
             failures.append(failure)
@@ -243,12 +243,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def restore(self, state: dict):
-        moments = state["adamw"]["state"]  # by number; none before the first update
-        for i, master in enumerate(self.masters):
-            tensors = [state["masters"][i], *moments.get(i, {}).values()]
+        pairs = zip(self.masters, state["masters"], strict=True)
+        for i, (master, saved) in enumerate(pairs):
+            tensors = [saved, *state["adamw"]["state"].get(i, {}).values()]
             shapes = {tensor.shape for tensor in tensors} - {torch.Size()}  # AdamW's step
             check(shapes == {master.shape}, f"tensor {i} has shapes {shapes}.")
-            master.copy_(tensors[0])
+            master.copy_(saved)
         self.adamw.load_state_dict(state["adamw"])
 
 

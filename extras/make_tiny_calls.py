@@ -21,8 +21,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from extras.make_calls import as_offered
 from extras.make_mini import TOOLS, make_problem
-from extras.make_tiny import TINY, VAGUE, batches, initialise, warm_up
-from model import Chat, Decoder, ModelConfig, read_json, save
+from extras.make_tiny import VAGUE, batches, initialise, warm_up
+from model import Chat, Decoder, ModelConfig, read_json, resolve, save
 from tasks.function_calling import FunctionCalling
 
 RIGHT = 0.35  # attempts (and what a retry has to guess) that are right
@@ -154,7 +154,9 @@ def make_tokenizer(texts):
 def main(folder):
     rng, task, texts = random.Random(SEED), FunctionCalling(difficulty="mini"), []
     problems = make_problems(rng, PROBLEMS)
-    build = Path(shutil.copytree(TINY / "calls", tempfile.mkdtemp(), dirs_exist_ok=True))
+    build = Path(
+        shutil.copytree(resolve("tiny-calls"), tempfile.mkdtemp(), dirs_exist_ok=True)
+    )
     chat = Chat(build)
     for problem in problems[:10_000]:
         texts.append(chat.render(task.messages(problem, True), task.tools(problem)))

@@ -421,12 +421,11 @@ def program(name: str, arguments: list[str]) -> list[str]:
 
 def size(options) -> list[str]:
     """Of the run, and of what is measured before it."""
-    if options.device == "cuda":
-        large = "--steps 60 --eval_n 256 --pool_problems 2000"
-        return [*large.split(), *options.more.split()]
-    small = "--steps 3 --eval_n 4 --pool_problems 8 --batch_size 2 --group_size 2"
-    small += " --attempt_tokens 24 --reflection_tokens 24 --retry_tokens 24"
-    return [*small.split(), *options.more.split()]
+    words = "--steps 60 --eval_n 256 --pool_problems 2000"
+    if options.device == "cpu":
+        words = "--steps 3 --eval_n 4 --pool_problems 8 --batch_size 2 --group_size 2"
+        words += " --attempt_tokens 24 --reflection_tokens 24 --retry_tokens 24"
+    return [*words.split(), *options.more.split()]
 
 
 def train_until(deadline: float, options, rung: tuple, run: Path) -> bool:

@@ -99,6 +99,9 @@ def test_a_moment_of_another_shape_ends_the_process():
         kept, tensors[key] = tensors[key], torch.zeros(3)
         assert "shapes" in refused(optimizer.restore, state)
         tensors[key] = kept
+    state["masters"].append(torch.zeros(1))
+    with pytest.raises(ValueError):  # which train.restore explains
+        optimizer.restore(state)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models
 
 import rrr
-from config import Config, defaults_for
+from config import Config, defaults_for, parse
 from extras import report
+from model import resolve
 from rrr import Episode, Turn
 
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 2'>"
@@ -255,6 +256,15 @@ def test_reflections_are_counted(make_run):
     assert (
         mean == pytest.approx(first["reward"], **ACCURACY) == pytest.approx(0.25, rel=1e-3)
     )
+
+
+@pytest.mark.parametrize("task", ["countdown", "function_calling"])
+def test_an_embedded_models_defaults_are_called_a_change(task):
+    """Where the folder had another name than the model, the page took a laptop's defaults
+    for real models as the usual ones."""
+    config, _ = parse(["--task", task], "", "train.py")
+    name, config.model = config.model, str(resolve(config.model))
+    assert report.model_name(config) == name and report.options(config) == []
 
 
 def test_options_that_differ_and_no_path_of_a_machine(make_run, tmp_path):

@@ -118,7 +118,7 @@ def test_only_the_assistants_turns_are_trained(tiny_chat):
 def test_the_embedded_models_are_small_and_spell_digits(tiny_chat):
     files = [path for path in (ROOT / "tiny").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 10**6
-    for chat in (tiny_chat, Chat(ROOT / "tiny" / "calls")):
+    for chat in (tiny_chat, Chat(ROOT / "tiny-calls")):
         assert len(chat.encode("1234567890")) == 10
 
 
@@ -128,7 +128,7 @@ CALLS = FunctionCalling(difficulty="mini")
 
 @pytest.fixture(scope="module")
 def calls_chat():
-    return Chat(ROOT / "tiny" / "calls")
+    return Chat(ROOT / "tiny-calls")
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_the_calls_vocabulary_needs_no_bytes(calls_chat):
 
 def test_the_warm_up_for_calls_repeats_itself(calls_chat):
     """Prevents: a random number from elsewhere, prompts or failures that are trained."""
-    config = ModelConfig.from_dict(read_json(ROOT / "tiny" / "calls" / "config.json"))
+    config = ModelConfig.from_dict(read_json(ROOT / "tiny-calls" / "config.json"))
     states = []
     for _ in range(2):
         model, rng = Decoder(config, 1024), random.Random(0)

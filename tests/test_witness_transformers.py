@@ -175,7 +175,7 @@ TOOL = {
 def test_the_embedded_model_for_calls_is_the_same_to_transformers():
     """Ids of prompts with tools, answers and instructions, then logits. Prevents: a
     model_type for which AutoTokenizer builds its own tokenizer (as it does for qwen2)."""
-    folder = ROOT / "tiny" / "calls"
+    folder = ROOT / "tiny-calls"
     ours, chat = load("tiny-calls")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -195,7 +195,7 @@ def test_the_embedded_model_for_calls_is_the_same_to_transformers():
         assert whole == chat.prompt(messages, tools)
         assert whole == ids + chat.encode(task.answer(problem)) + chat.glue(task.reflect)
         assert tokenizer.decode(whole) == chat.tokenizer.decode(whole, False) == text
-        compare(ours, theirs.eval(), torch.tensor([whole]), what="tiny/calls")
+        compare(ours, theirs.eval(), torch.tensor([whole]), what="tiny-calls")
 
 
 def real(name):
