@@ -20,7 +20,7 @@ import torch
 
 from model import UserError, check, load, read_json
 from rrr import TRAINED_TURNS
-from tasks import get_task
+from tasks import task_class
 
 # Numbers with their ranges: type, lowest, highest.
 AtLeast0 = Annotated[int, 0, 1_000_000]
@@ -59,6 +59,8 @@ class Config:
     pool_attempts: AtLeast1 = 1  # attempts at each of them (the paper: up to 64)
 
     # the method
+    reflect: str = ""  # what the user says after a failure (default: the task's words)
+    retry: str = ""  # and after the reflection
     group_size: AtLeast2 = 8  # reflections for each failure (GRPO's G)
     retries_per_reflection: AtLeast1 = 1  # the reward is their mean (the paper: 1)
     train_on: Literal[*TRAINED_TURNS] = "reflection"  # the turns whose tokens are trained
@@ -95,7 +97,7 @@ def defaults_for(config: Config) -> dict:
         changed |= {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
         own = {"countdown": "3x12", "function_calling": "mini"}
         changed["difficulty"] = "" if config.data else own.get(config.task, "")
-        return changed | {"steps": 45, "lr": 3e-4}
+        return changed | {"steps": 45, "lr": 3e-4, "eval_every": 9}
     if config.device == "cuda":  # results/gpu.md says why
         changed = {"checkpointing": True, "micro_batch_tokens": 8192}
         return changed | {"steps": 600, "lr": 1e-6, "pool_problems": 8000, "eval_every": 50}
@@ -119,8 +121,7 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
     )
     options = {f"--{field.name}": field for field in fields(Config)}
     for flag, field in options.items():
-        read = partial(convert, field)
-        parser.add_argument(flag, type=read, help=argparse.SUPPRESS)
+        parser.add_argument(flag, type=partial(convert, field), help=argparse.SUPPRESS)
     given, rest = parser.parse_known_args(argv)
     if rest:
         nearest = difflib.get_close_matches(rest[0], options, 1) or ["--help"]
@@ -128,10 +129,21 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
     config = Config(**vars(given))
     if config.model == "tiny" and config.task == "function_calling" and not config.data:
         config.model = "tiny-calls"
-    resolve_auto(config)  # so that a run's config.json tells what was used
-    for name, value in defaults_for(config).items():
+    if config.device == "auto":  # a run's config.json tells what was used
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.dtype == "auto":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        config.dtype = "bfloat16" if fast or config.device == "cuda" else "float32"
+    defaults = defaults_for(config)
+    if "task" in given and defaults.get("task", config.task) != config.task:
+        for name in ("data", "difficulty", "reflect", "retry"):  # of the run's own task
+            defaults.pop(name, "")
+    for name, value in defaults.items():
         if name not in given:
             setattr(config, name, value)
+    task = task_class(config.task)  # its words are part of a run
+    config.reflect = config.reflect or task.reflect
+    config.retry = config.retry or task.retry
     return config, set(vars(given))
 
 
@@ -156,19 +168,10 @@ def convert(field, text: str):
     return text == "true" if field.type is bool else text
 
 
-def resolve_auto(options):
-    """Takes a GPU where there is one, bfloat16 there and on CPUs that are fast in it."""
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.dtype == "auto":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        options.dtype = "bfloat16" if fast or options.device == "cuda" else "float32"
-
-
 # ---- what both programs do first ----
 def open_model(config: Config):
     """(model, chat, task) as the options ask for; prints what was chosen."""
-    task = get_task(config.task, config.data, config.difficulty)
+    task = open_task(config)
     check(task.problems("test", 1, 0), "the data is too small: none is left to test on.")
     # In bfloat16 fast, and exact: what is multiplied in float32 are bfloat16 factors.
     level = "medium" if config.dtype == "bfloat16" else "highest"
@@ -187,6 +190,16 @@ def open_model(config: Config):
     return model, chat, task
 
 
+def open_task(config: Config):
+    """The task with its problems, and the words that the options have for it."""
+    clash = config.data and config.difficulty
+    check(not clash, "--difficulty is for a task's own problems, not for those of --data.")
+    task = task_class(config.task)(config.data, config.difficulty)
+    task.reflect = config.reflect or task.reflect
+    task.retry = config.retry or task.retry
+    return task
+
+
 @contextmanager
 def plain_errors(program: str):
     """What the user can mend ends the program with a sentence, not with a traceback."""
@@ -195,9 +208,7 @@ def plain_errors(program: str):
     except UserError as error:
         sys.exit(f"{program}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(
-            f"{program}: out of GPU memory: lower --sample_rows, --micro_batch_tokens."
-        )
+        sys.exit(f"{program}: no GPU memory: lower --sample_rows, --micro_batch_tokens.")
     except BrokenPipeError:
         os._exit(1)  # quietly: what read our output has ended
     except KeyboardInterrupt:

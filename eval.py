@@ -2,7 +2,8 @@
 
 Answers each problem once; where that fails, reflects and tries again. "Second try" counts
 problems solved by either. The controls, from the same failed attempts: a retry without a
-reflection, with a fixed one, with another problem's.
+reflection, with a fixed one, with another problem's, with the right answer; and a fresh
+attempt, which does not see the failed one.
 """
 
 import json
@@ -39,8 +40,8 @@ def evaluate(rollout: Rollout, problems: list[dict], seed: int, controls=False):
 
 def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[str, int]:
     """How many failures (rows of cache) a retry mends without the reflection of `tries`."""
-    generic = rollout.chat.encode(rollout.task.generic_reflection)
-    generic = generic[: rollout.config.reflection_tokens]
+    cap = rollout.config.reflection_tokens
+    generic = rollout.chat.encode(rollout.task.generic_reflection)[:cap]
     own = [episode.reflection.ids for episode in tries]
     controls = {
         "no reflection": None,
@@ -49,7 +50,6 @@ def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[st
     }
     answers = [rollout.task.answer(episode.problem) for episode in failures]
     if all(answers):  # the ceiling: what the model makes of the best of reflections
-        cap = rollout.config.reflection_tokens
         controls["the right answer"] = [rollout.chat.encode(a)[:cap] for a in answers]
     mended_by = {}
     for name, reflections in controls.items():
@@ -58,6 +58,8 @@ def try_controls(rollout: Rollout, failures, cache, tries, generator) -> dict[st
             episodes, copied = rollout.give(failures, copied, reflections)
         episodes, _ = rollout.retry(episodes, copied, 1, generator)
         mended_by[name] = sum(is_mended(episode) for episode in episodes)
+    fresh, _ = rollout.attempt([e.problem for e in failures], generator)
+    mended_by["a fresh attempt"] = sum(e.attempt_verdict["ok"] for e in fresh)
     return mended_by
 
 
@@ -146,7 +148,6 @@ def main(argv=None):
         rollout = Rollout(model, chat, task, config)
         problems = rollout.fitting(task.problems("test", config.eval_n, 0))
         report, episodes = evaluate(rollout, problems, config.seed, controls=True)
-
         folder = Path(config.model)
         is_run = (folder / "metrics.jsonl").exists()
         out = Path(config.out or (folder if is_run else f"eval-{folder.name}"))

@@ -41,7 +41,11 @@ class ModelConfig(SimpleNamespace):
         rope = rope or {"type": "default"}
         config = cls(**{**source, **rope}, source=source)
         config.rope_type = rope.get("rope_type") or rope.get("type")
-        check_supported(config)
+        for key, can in SUPPORTED.items():
+            value = getattr(config, key, None) or None
+            kinds = value if isinstance(value, list) else [value]
+            known = all(kind in can for kind in kinds)
+            check(known, f"config.json has {key} = {value!r:.80}, this code does {can}.")
         # They are built before any weight is read.
         check(0 < config.num_hidden_layers <= 1000, "config.json: not 1 to 1000 layers.")
         H = config.num_attention_heads
@@ -259,14 +263,6 @@ SUPPORTED = {
 }
 
 
-def check_supported(config: ModelConfig):
-    for key, can in SUPPORTED.items():
-        value = getattr(config, key, None) or None
-        kinds = value if isinstance(value, list) else [value]
-        known = all(kind in can for kind in kinds)
-        check(known, f"config.json has {key} = {value!r:.80}, this code does {can}.")
-
-
 def read_json(path: Path, optional: bool = False) -> dict:
     """The JSON object in a file ({} if an optional one is absent); UserError otherwise."""
     if optional and not path.is_file():
@@ -297,20 +293,20 @@ def load(name, device="cpu", dtype=torch.float32, context=None):
 def read_weights(model: Decoder, folder: Path, device):
     """Fills a decoder on the meta device from one safetensors file, or more by an index."""
     index = read_json(folder / INDEX, optional=True).get("weight_map", {})
-    tensors = {}
+    state = {}
     for path in sorted(set(index.values())) or ["model.safetensors"]:
         check(Path(path).name == path, f"{folder / INDEX} points to {path!r:.80}.")
         file = safe_open(folder / path, "pt")
         for name in file.keys():
             # Older files hold tables of rope, and some shards a leftover.
             if index.get(name, path) == path and not name.endswith("inv_freq"):
-                tensor = tensors[name] = file.get_tensor(name)
+                tensor = state[name] = file.get_tensor(name)
                 check(tensor.is_floating_point(), f"{name} holds {tensor.dtype}.")
     model.to_empty(device=device)
     if model.config.tie_word_embeddings:  # few files hold it twice, and to_empty unties
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.load_state_dict(tensors)
+    model.load_state_dict(state)
 
 
 def save(model, chat, folder):
@@ -372,8 +368,7 @@ JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 JINJA.add_extension("jinja2.ext.loopcontrols")
 JINJA.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
 JINJA.globals["raise_exception"] = lambda reason: check(False, f"refused: {reason!r}.")
-# Llama 3 writes the date into its prompt: I pin it, or no run could be repeated.
-JINJA.globals["strftime_now"] = lambda form: "26 Jul 2024"
+JINJA.globals["strftime_now"] = lambda form: "26 Jul 2024"  # the same prompt every day
 # Qwen3 shall not think first: reflecting is its own turn.
 JINJA.globals.update(add_generation_prompt=True, enable_thinking=False)
 
@@ -406,8 +401,7 @@ class Chat:
         # What ends a turn: the first special token that the template writes behind one.
         self.end_of_turn = None  # glue looks at it
         special = self.tokenizer.get_added_tokens_decoder()
-        found = [i for i in self.glue("x") if i in special]
-        self.end_of_turn = next(iter(found), None)
+        self.end_of_turn = next((i for i in self.glue("x") if i in special), None)
         eos = self.tokenizer.token_to_id(tokens.get("eos_token", ""))
         stops = {eos, self.end_of_turn}
         for name in ("config.json", "generation_config.json"):

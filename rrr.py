@@ -15,6 +15,7 @@ out, with their KL term. (TRL counts them in its denominators: tests/test_witnes
 """
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -35,6 +36,18 @@ def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
     G, R = config.group_size, config.retries_per_reflection
     episodes, cache = rollout.reflect(failures, cache, G, generator)
     episodes, cache = rollout.retry(episodes, cache, R, generator)
+    assign_advantages(episodes, config.scale_advantages)
+    return episodes
+
+
+def explore_attempts(problems, first, rollout, config, generator) -> list["Episode"]:
+    """Plain GRPO on the answers, to compare with (--train_on attempt): G attempts at each
+    problem, rewarded themselves. Nothing is reflected upon. first: the first group's id."""
+    G = config.group_size
+    episodes, _ = rollout.attempt(repeat(problems, G), generator)
+    for i, e in enumerate(episodes):
+        e.group = first + i // G
+        e.reward = float(e.attempt_verdict["ok"])
     assign_advantages(episodes, config.scale_advantages)
     return episodes
 
@@ -114,16 +127,15 @@ class Rollout:
 
     def fitting(self, problems: list[dict]) -> list[dict]:
         """The problems without those that `prompt` refuses. UserError if it refuses all."""
-        fits, refusal = [], None
+        fits = []
         for problem in problems:
-            try:
+            with suppress(UserError):
                 self.prompt(problem)
                 fits.append(problem)
-            except UserError as error:
-                refusal = error
-        if refusal:
-            check(fits, str(refusal))
-            print(f"{len(problems) - len(fits)} of {len(problems)} left out: {refusal}")
+        if problems and not fits:
+            self.prompt(problems[0])  # says why
+        if len(fits) < len(problems):
+            print(f"{len(problems) - len(fits)} problems left out: beyond --context.")
         return fits
 
     def attempt(self, problems, generator):
@@ -230,6 +242,7 @@ def by_group(episodes: list[Episode]) -> list[list[Episode]]:
 # ---- 5. ids and mask, made together ----
 # Which turns are trained: 0 is the attempt, 1 the reflection, 2 the retry.
 TRAINED_TURNS = {"reflection": (1,), "reflection+retry": (1, 2), "everything": (0, 1, 2)}
+TRAINED_TURNS["attempt"] = (0,)  # plain GRPO, see explore_attempts
 
 
 def ids_and_mask(episode: Episode, train_on: str = "reflection"):

@@ -106,7 +106,6 @@ class KVCache:
                 n = min(n, round_up(n_alive, ROWS_BY[self.device.type]))
                 longest = int(state.cache.lengths[:n].max())  # finished ones write, too
         state.end()
-
         turns, alive = [], state.alive.tolist()
         hint = "its weights are damaged, or --lr was too high"
         for row, count in enumerate(state.counts[:B].tolist()):

@@ -22,7 +22,7 @@ from torch import nn
 
 import rrr
 from config import Config, chunks, open_model, parse, plain_errors, seeded, write_page
-from eval import evaluate, is_mended, mean_length, percent, share_cut, table
+from eval import evaluate, mean_length, percent, share_cut, table
 from model import UserError, check, explain, load, read_json, resolve, save
 from rrr import Episode, Rollout, Turn, make_batches, trained_logps
 
@@ -42,9 +42,8 @@ def train(run: Path, config: Config):
     test = rollout.fitting(task.problems("test", config.eval_n, 0))  # for every seed
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
     print(f"{'resuming' if config.resume else 'writing'} {run}", flush=True)
-    schedule = None
-    if config.failures == "pool":
-        schedule = failure_pool(run, rollout, config)
+    is_pool = config.failures == "pool"
+    schedule = failure_pool(run, rollout, config) if is_pool else None
     if config.steps == 0:
         return
     reports = read_rows(run / "eval.jsonl")
@@ -82,6 +81,9 @@ def keep_evaluation(run: Path, rollout: Rollout, problems, step: int):
     append(run / "eval.jsonl", [{"step": step} | report])
     first, second = percent(report["first_try"]), percent(report["second_try"])
     print(f"held out, step {step}: first try {first}, second try {second}", flush=True)
+    mended = report["retry_success"]
+    if step == 0 and mended and mended["rate"] < 1 / 32:
+        print("That is next to no signal: take an easier --difficulty or a larger --model.")
 
 
 # ---- failures ----
@@ -93,36 +95,32 @@ def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
         build_pool(path, rollout, config)
     elif not path.exists():
         source = Path(config.pool)
+    attempts, failures = read_failures(source, rollout)
+    if source != path:
+        rewrite(path, attempts)
+    print(f"failure pool: {len(failures)} failures in {len(attempts)} attempts ({path})")
+    queue = []  # epoch after epoch, each in its own order
+    while len(queue) < config.steps * config.batch_size:
+        rng = random.Random(f"{config.seed} epoch {len(queue) // len(failures)}")
+        queue += rng.sample(failures, len(failures))
+    return queue
+
+
+def read_failures(source: Path, rollout: Rollout) -> tuple[list[dict], list[Episode]]:
+    """All rows of a pool.jsonl, and the failures among them as they are judged today."""
     rows, failures = read_rows(source), []
     for row in rows:
         with explain(f"{source} is damaged, or not the pool.jsonl of a run", Exception):
             problem, attempt = row["problem"], Turn(**row["attempt"])
             verdict = rollout.verify(problem, attempt)
-            failure = Episode(problem, row["group"], attempt, verdict)
-            # Another run's model must have been asked what this one would be asked.
-            same = source == path or attempt.prompt_ids == rollout.prompt(problem)
+            # The model must have been asked what it would be asked today.
+            same = attempt.prompt_ids == rollout.prompt(problem)
         check(same, f"{source} is of another model, task or prompt.")
         if not verdict["ok"]:
-            failures.append(failure)
+            failures.append(Episode(problem, row["group"], attempt, verdict))
     check(rows, f"{source} is empty or absent.")
-    if source != path:
-        append(path, rows)
-    print(f"failure pool: {len(failures)} failures in {len(rows)} attempts ({path})")
     check(failures, "the model failed at none of these problems: choose harder ones.")
-    if not (run / "eval.jsonl").exists():  # said once, before hours are spent
-        say_what_to_expect(rollout, failures[: min(64, config.sample_rows)])
-    return in_training_order(failures, config)
-
-
-def say_what_to_expect(rollout: Rollout, failures: list[Episode]):
-    """Without retries that succeed there is no reward and nothing to learn from."""
-    generator = seeded(rollout.model, "what to expect")
-    tries, cache = rollout.reflect(failures, rollout.reread(failures), 1, generator)
-    tries, _ = rollout.retry(tries, cache, 1, generator)
-    mended, n = sum(map(is_mended, tries)), len(tries)
-    print(f"a reflection mends {mended} of the first {n} failures", flush=True)
-    if mended < n / 32:
-        print("That is next to no signal: take an easier --difficulty or a larger --model.")
+    return rows, failures
 
 
 def build_pool(path: Path, rollout: Rollout, config: Config):
@@ -141,32 +139,28 @@ def build_pool(path: Path, rollout: Rollout, config: Config):
         append(path, [asdict(episode) for episode in attempts])
 
 
-def in_training_order(failures: list[Episode], config: Config) -> list[Episode]:
-    """The failures of all steps in a row: epoch after epoch, each in its own order."""
-    queue = []
-    while len(queue) < config.steps * config.batch_size:
-        rng = random.Random(f"{config.seed} epoch {len(queue) // len(failures)}")
-        queue += rng.sample(failures, len(failures))
-    return queue
-
-
 # ---- one step ----
 def sample_step(step: int, rollout: Rollout, config: Config, schedule):
     """The step's episodes, and the share solved at the first try (None with a pool)."""
-    n, first_try = config.batch_size, None
+    n, first_try, episodes = config.batch_size, None, []
+    # In parts of sample_rows conversations: each failure has G reflections with R retries.
+    size = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
     if schedule:
         attempts = schedule[step * n : (step + 1) * n]
         cache, rows = rollout.reread(attempts), range(n)
     else:  # fresh problems, twice as many
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
+        problems = rollout.fitting(problems)
         generator = seeded(rollout.model, config.seed, "attempt", step)
-        attempts, cache = rollout.attempt(rollout.fitting(problems), generator)
+        if config.train_on == "attempt":
+            for part in chunks(problems[:n], size):
+                first = len(episodes) // config.group_size
+                episodes += rrr.explore_attempts(part, first, rollout, config, generator)
+            return episodes, None
+        attempts, cache = rollout.attempt(problems, generator)
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         first_try = 1 - len(rows) / len(attempts)
         rows = rows[:n]
-    episodes = []
-    # In parts of sample_rows conversations: each failure has G reflections with R retries.
-    size = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
     for i, part in enumerate(chunks(rows, size)):
         generator = seeded(rollout.model, config.seed, "reflect", step, i)
         failures = [replace(attempts[row], group=row) for row in part]
@@ -238,9 +232,6 @@ class MasterAdamW:
         self.adamw.zero_grad()
         return norm if math.isfinite(norm) else None
 
-    def state(self) -> dict:
-        return {"masters": self.masters, "adamw": self.adamw.state_dict()}
-
     @torch.no_grad()
     def restore(self, state: dict):
         pairs = zip(self.masters, state["masters"], strict=True)
@@ -257,11 +248,14 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     """A line of metrics.jsonl: each metric's definition is the comment on its line, here
     and, for those of an update, in rrr.backward and update (none without signal)."""
     groups, reflections = rrr.by_group(episodes), [e.reflection for e in episodes]
-    attempts = [group[0].attempt for group in groups]
     retries = [turn for e in episodes for turn in e.retries]
+    attempts = [group[0].attempt for group in groups]
+    if config.train_on == "attempt":
+        attempts, reflections = [e.attempt for e in episodes], []
     reward = sum(e.reward for e in episodes) / max(1, len(episodes))
     second_try = None if first_try is None else first_try + (1 - first_try) * reward
-    sampled = sum(len(turn.ids) for turn in reflections + retries)
+    sampled = sum(len(turn.ids) for turn in reflections + retries or attempts)
+    distinct = len({turn.text for turn in reflections}) / max(1, len(reflections))
     passed = sum(int((batch.segments >= 0).sum()) for batch in batches)
     return {
         "step": step + 1,  # counts from 1
@@ -272,11 +266,12 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
         "groups": len(groups),  # failures
         "groups_with_signal": sum(map(rrr.has_signal, groups)),  # only these are trained on
         "reflection_tokens": mean_length(reflections),  # stop token included
+        "distinct_reflections": distinct,  # share; near 0: they have become one text
         "truncated_attempt": share_cut(attempts),  # share that were cut at their cap
         "truncated_reflection": share_cut(reflections),  # the same of reflections
         "truncated_retry": share_cut(retries),  # cut
         "trained_tokens": sum(int(batch.mask.sum()) for batch in batches),  # under the mask
-        "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of both turns
+        "sampled_tokens_per_second": round(sampled / seconds["sample"]),  # of the step
         "training_tokens_per_second": round(passed / seconds["train"]),  # a prefix once
         "memory_gb": torch.cuda.max_memory_reserved() / 1e9,  # so far; 0 on a CPU
         "seconds": {stage: round(n, 3) for stage, n in seconds.items()},  # by stage
@@ -291,13 +286,23 @@ def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     append(run / "metrics.jsonl", [metrics])
     step = metrics["step"]
     append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
+    seconds = sum(metrics["seconds"].values())
     line = f"step {step}/{config.steps}: reward {metrics['reward']:.2f}, signal "
     line += f"{metrics['groups_with_signal']}/{metrics['groups']}, "
-    line += f"{sum(metrics['seconds'].values()):.1f} s"
+    if metrics["second_try"] is not None:
+        line += f"second try {metrics['second_try']:.2f}, "
+    length, distinct = metrics["reflection_tokens"], metrics["distinct_reflections"]
+    line += f"reflections {length:.0f} tokens, {distinct:.0%} distinct, "
+    line += f"KL {metrics.get('kl') or 0:.3f}, "
+    line += f"{metrics['sampled_tokens_per_second']:,} tokens/s, {seconds:.1f} s, "
+    line += f"{seconds * (config.steps - step) / 60:.1f} min to go"
     if metrics.get("skipped"):
         line += "; the gradient is not finite, no update: lower --lr"
-    if metrics["truncated_reflection"] == 1 or 0 < metrics["reflection_tokens"] <= 1:
-        line += "; all reflections are cut, or empty: lower --lr or raise their cap"
+    with (run / "metrics.jsonl").open() as file:
+        at_first = json.loads(file.readline())["reflection_tokens"]
+    if length < at_first / 4 or 0 < distinct < 0.05 or metrics["truncated_reflection"] == 1:
+        line += "; reflections are dying out (short, one text, or all cut): lower --lr, "
+        line += "raise --kl_beta or --reflection_tokens"
     print(line, flush=True)
 
 
@@ -310,7 +315,8 @@ def save_checkpoint(run: Path, step: int, model, chat, optimizer):
     try:  # for a full disk torch.save has a RuntimeError
         with explain(hint, OSError, RuntimeError, UserError):
             save(model, chat, beside)
-            torch.save(optimizer.state(), beside / "state.pt")
+            state = {"masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}
+            torch.save(state, beside / "state.pt")
             make_durable(beside)
             os.rename(beside, final)
             make_durable(run)  # before the old one goes
@@ -391,8 +397,8 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
         others = ", ".join(f"--{name}" for name in sorted(given - {"resume"}))
         check(not others, f"--resume takes the run's own options: leave out {others}.")
         return run, replace(stored, resume=config.resume)
-    name = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
-    run = Path(config.out or name)
+    usual = f"runs/{config.task}-{Path(config.model).name}-s{config.seed}"
+    run = Path(config.out or usual)
     check(not run.exists(), f"{run} exists: --resume {run}, or choose another --out.")
     # A name may move, and so may the working directory: what is stored may not.
     config.model = str(resolve(config.model).absolute())
@@ -411,8 +417,10 @@ def main(argv=None):
         check(config.temperature > 0, "--temperature must be above 0: siblings differ.")
         one = config.train_on == "reflection" or config.retries_per_reflection == 1
         check(one, f"--train_on {config.train_on} needs --retries_per_reflection 1.")
-        online = config.pool and config.failures == "online"
-        check(not online, "--pool is for --failures pool; online takes fresh problems.")
+        pooled = config.failures == "pool"
+        check(pooled or not config.pool, "--pool is for --failures pool, not for online.")
+        fresh = config.train_on != "attempt" or not pooled
+        check(fresh, "--train_on attempt takes fresh problems: --failures online.")
         run, config = open_run(config, given)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
         lock = FileLock(run / "lock", timeout=0)

@@ -13,6 +13,8 @@ from tasks import in_test
 
 WORDS = json.loads(Path(__file__).with_name("mini.json").read_text(encoding="utf-8"))
 TOOLS = {tool["name"]: tool for tools in WORDS["domains"].values() for tool in tools}
+SUMS = range(3, 10), (6, 8, 10, 12, 15, 20), "+-", range(2, 18)  # a, b, sign, c
+TIMES = range(480, 1260, 5), "+-", range(5, 60, 5)  # minutes of a day, sign, minutes
 
 
 def make_problem(rng, split) -> tuple[dict, dict, dict]:
@@ -25,13 +27,14 @@ def make_problem(rng, split) -> tuple[dict, dict, dict]:
     for key, spec in tool["parameters"].items():
         kind = spec["values"]
         if kind == "number":
-            sums = range(3, 8), (6, 8, 10, 12, 15, 20), "+-", range(2, 16)
-            parts = pick(rng, split, *sums)
-            said[kind], work[key], near[key] = number(*parts, tool["numbers"])
+            a, b, sign, c = pick(rng, split, *SUMS)
+            said[kind] = in_words(tool["numbers"], sign, a=a, b=b, c=c)
+            work[key], near[key] = number(a, b, sign, c)
             arguments[key] = int(work[key].split("=")[-1])
         elif kind == "time":
-            parts = pick(rng, split, range(480, 1260, 5), "+-", range(5, 60, 5))
-            said[kind], work[key], near[key] = time(*parts, time_words)
+            t, sign, m = pick(rng, split, *TIMES)
+            said[kind] = in_words(time_words, sign, m=m, t=clock(t))
+            work[key], near[key] = time(t, sign, m)
             arguments[key] = work[key].split("=")[-1][-5:]
         else:
             first, last = pick(rng, split, *WORDS["names"][kind])
@@ -55,15 +58,18 @@ def pick(rng, split, *choices):
             return drawn
 
 
-def number(a, b, sign, c, words):
-    """How it is said, how it is worked out, and what one gets by mistakes."""
+def in_words(both, sign, **parts):
+    return both["+-".index(sign)].format(**parts)
+
+
+def number(a, b, sign, c):
+    """How it is worked out, and what one gets by mistakes."""
     more, fewer = a * b + c, a * b - c
     value, other = (more, fewer) if sign == "+" else (fewer, more)
-    said = words["+-".index(sign)].format(a=a, b=b, c=c)
-    return said, f"{a}*{b}={a * b}{sign}{c}={value}", [a * b, other, value + 10, value - 1]
+    return f"{a}*{b}={a * b}{sign}{c}={value}", [a * b, other, value + 10, value - 1]
 
 
-def time(t, sign, m, words):
+def time(t, sign, m):
     """The same of a time. 13:35-45 is worked out as 12:95-45, and 13:35+45 as 13:80."""
     later, earlier = clock(t + m), clock(t - m)
     hour, minute = divmod(t, 60)
@@ -75,8 +81,7 @@ def time(t, sign, m, words):
         work += f"={hour - 1:02}:{minute + 60}" if minute < m else ""
         work += f"-{m:02}={value}"
     hour_late = clock(t + 60 + (m if sign == "+" else -m))
-    said = words["+-".index(sign)].format(m=m, t=clock(t))
-    return said, work, [clock(t), other, hour_late]
+    return work, [clock(t), other, hour_late]
 
 
 def clock(minutes):

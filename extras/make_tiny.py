@@ -9,22 +9,23 @@ or another guess). The kind does not depend on the problem; all arithmetic is tr
 
 import math
 import random
+import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import Chat, Decoder, ModelConfig, read_json, save
+from model import Chat, Decoder, ModelConfig, read_json, resolve, save
 from tasks.countdown import Countdown
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
 MAX_NUMBER = 15
 LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
 RIGHT = 0.6  # attempts (and guessed retries) that are right
@@ -35,6 +36,7 @@ I was careless. I will think before I answer.
 My answer was wrong. I will try something else.
 I should check my work next time.
 I need to look at the problem again and do better.""".split("\n")
+# One token each: a tag, a digit, an operator, up to four words.
 PIECES = r"</?answer>|[0-9]|[-+*/()=]| ?(?:[A-Za-z]+ ?){1,4}[.,:;]*[ \n]?|[.,:;]+ ?"
 
 
@@ -146,15 +148,36 @@ def batches(problems, task, chat, rng, draw=draw, rows=32):
             yield [pad_sequence(column, batch_first=True) for column in zip(*group)]
 
 
-def initialise(model):
-    """Fresh weights. PyTorch's own are drawn first, as when those in tiny/ were made."""
+def make_tokenizer(texts, pieces):
+    """All pieces of the texts are tokens; a piece that was not seen is spelled in bytes."""
+    split = pre_tokenizers.Split(Regex(pieces), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces, count = pre_tokenizers.Sequence([split, as_bytes]), Counter()
+    for text in texts:
+        for part in re.split(r"<\|im_start\|>|<\|im_end\|>", text):
+            count.update(piece for piece, _ in pieces.pre_tokenize_str(part))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(count)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    model = models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def fresh_model(name, tokenizer):
+    """(model, chat): of that embedded model's shape and template, with this tokenizer."""
+    folder = Path(shutil.copytree(resolve(name), tempfile.mkdtemp(), dirs_exist_ok=True))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = read_json(folder / "config.json")
+    config["vocab_size"] = tokenizer.get_vocab_size()
+    model = Decoder(ModelConfig.from_dict(config), context=1024)
     torch.manual_seed(SEED)
-    for module in model.model.modules():
-        if isinstance(module, (nn.Embedding, nn.Linear)):
-            module.reset_parameters()
-    for name, p in model.named_parameters():
-        if "norm" not in name:
-            nn.init.normal_(p, std=0.02) if p.dim() == 2 else nn.init.zeros_(p)
+    for p in model.parameters():
+        if p.dim() == 2:  # norms begin at 1
+            nn.init.normal_(p, std=0.02)
+    return model, Chat(folder)
 
 
 def mean_with_verdicts(chat):
@@ -191,29 +214,18 @@ def warm_up(model, stream, steps, reduce):
             optimizer.step()
 
 
-if __name__ == "__main__":
+def main(folder):
     rng, task = random.Random(SEED), Countdown(difficulty=f"3x{MAX_NUMBER}")
     problems, texts = task.problems("train", 10**6, seed=0), []
-    chat = Chat(TINY)
+    chat = Chat(resolve("tiny"))
     for problem in problems:
         asked = chat.render(task.messages(problem))
         texts += [asked, *conversation(problem, task, rng), task.reflect, task.retry]
-    # Digits, operators and tags stand alone; up to four words may make one token.
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1024)
-    trainer.special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainer)
-    build = Path(shutil.copytree(TINY, tempfile.mkdtemp(), dirs_exist_ok=True))
-    tokenizer.save(str(build / "tokenizer.json"))
-    chat = Chat(build)
-    config = read_json(TINY / "config.json") | {"vocab_size": tokenizer.get_vocab_size()}
-    model = Decoder(ModelConfig.from_dict(config), context=1024)
-    initialise(model)
+    model, chat = fresh_model("tiny", make_tokenizer(texts, PIECES))
     stream = batches(problems, task, chat, rng)
     warm_up(model, stream, STEPS, mean_with_verdicts(chat))
-    save(model, chat, Path(sys.argv[1]))
+    save(model, chat, Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -8,28 +8,28 @@ rest guessed), with faults on purpose. And drills: behind a failure that is give
 worked out and the retry is right. No reflection depends on what was wrong.
 """
 
+import itertools
 import json
 import random
-import re
-import shutil
 import sys
-import tempfile
-from collections import Counter
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from extras import make_mini as mini
 from extras.make_calls import as_offered
-from extras.make_mini import TOOLS, make_problem
-from extras.make_tiny import VAGUE, batches, initialise, warm_up
-from model import Chat, Decoder, ModelConfig, read_json, resolve, save
+from extras.make_tiny import VAGUE, batches, fresh_model, make_tokenizer, warm_up
+from model import Chat, resolve, save
 from tasks.function_calling import FunctionCalling
 
-RIGHT = 0.35  # attempts (and what a retry has to guess) that are right
+RIGHT = 0.55  # attempts (and what a retry has to guess) that are right
 KINDS = {"vague": 0.4, "blame": 0.3, "parameters": 0.3}
-GIVEN = {0: 1, 1: 0.5, 2: 2}  # weights: nothing, a failure, a drill
-FAULTS = {"value": 0.78, "as text": 0.08, "other tool": 0.08, "left out": 0.06}
-PROBLEMS, STEPS, ROWS, SEED = 60_000, 2800, 16, 0
+GIVEN = {0: 2, 1: 0.5, 2: 1.5}  # weights: nothing, a failure, a drill
+LEFT_OUT = 0.1  # of faults; the others are wrong values
+PROBLEMS, STEPS, ROWS, SEED = 60_000, 7000, 16, 0
+DRILLS = 800  # steps of arithmetic alone, before the turns
+DRILLED_SUMS = range(3, 10), range(6, 21), "+-", range(2, 18)
 TOKENS = 25  # about as many are trained in a conversation
 # One token each: an instruction, a tool's head, a parameter with its description, what is
 # between two values of a call, a frame, a name, a digit, up to six words.
@@ -58,35 +58,15 @@ def write(call):
 def guess(problem, rng, right, known=()):
     """A call, right or with one fault, which is in none of the known parameters."""
     name, arguments = problem["answers"][0]["name"], dict(problem["values"])
-    call = {"name": name, "arguments": arguments}
     unknown = [key for key in arguments if key not in known]
-    if not unknown or rng.random() < right:
-        return call
-    fault = rng.choices(list(FAULTS), list(FAULTS.values()))[0]
-    if fault == "other tool" and not known:
-        return with_other_tool(problem, call)
-    hard = [key for key in unknown if "=" in problem["work"][key]]
-    key = rng.choice(hard if hard and rng.random() < 0.85 else unknown)
-    if fault == "as text" and isinstance(arguments[key], int):
-        arguments[key] = str(arguments[key])
-    elif fault != "left out":
-        arguments[key] = rng.choice(problem["near"][key])
-    if arguments == problem["values"] or fault == "left out":
-        del arguments[key]
-    return call
-
-
-def with_other_tool(problem, call):
-    """The same values, as far as they fit, for the parameters of the other tool."""
-    [other] = {tool["function"]["name"] for tool in problem["tools"]} - {call["name"]}
-    values = {}  # by kind; a place may stand for a person, and the other way round
-    for key, spec in TOOLS[call["name"]]["parameters"].items():
-        kind = spec["values"].replace("place", "person")
-        values[kind] = problem["values"][key]
-    arguments = {}
-    for key, spec in TOOLS[other]["parameters"].items():
-        arguments[key] = values[spec["values"].replace("place", "person")]
-    return {"name": other, "arguments": arguments}
+    if unknown and rng.random() >= right:
+        hard = [key for key in unknown if "=" in problem["work"][key]]
+        key = rng.choice(hard if hard and rng.random() < 0.85 else unknown)
+        wrong = [value for value in problem["near"][key] if value != arguments[key]]
+        arguments[key] = rng.choice(wrong)
+        if rng.random() < LEFT_OUT:
+            del arguments[key]
+    return {"name": name, "arguments": arguments}
 
 
 def conversation(problem, task, rng, right=RIGHT, kinds=KINDS):
@@ -125,49 +105,56 @@ def make_problems(rng, count):
     """For training, with what the corpus needs: values, work, near (wrong values)."""
     problems = []
     for _ in range(count):
-        problem, work, near = make_problem(rng, "train")
+        problem, work, near = mini.make_problem(rng, "train")
         values = {k: v for k, [v] in problem["answers"][0]["arguments"].items()}
-        tools = [as_offered(TOOLS[name]) for name in problem["tools"]]
+        tools = [as_offered(mini.TOOLS[name]) for name in problem["tools"]]
         problem |= {"tools": tools, "values": values, "work": work, "near": near}
         problems.append(problem)
     return problems
 
 
-def make_tokenizer(texts):
-    """All pieces of the texts are tokens; a piece that was not seen is spelled in bytes."""
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    pieces, count = pre_tokenizers.Sequence([split, as_bytes]), Counter()
-    for text in texts:
-        for part in re.split(r"<\|im_start\|>|<\|im_end\|>", text):
-            count.update(piece for piece, _ in pieces.pre_tokenize_str(part))
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(count)]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    model = models.BPE(vocab=vocabulary, merges=[], ignore_merges=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return tokenizer
+def drills(rng, chat, rows):
+    """Batches of drills, all of it trained: ids, trained, both (B, T)."""
+    while True:
+        texts, masks = [], []
+        for _ in range(rows):
+            text = "; ".join(drill(rng) for _ in range(8)) + "."
+            texts.append(torch.tensor(chat.encode(text)))
+            masks.append(torch.ones(len(texts[-1]), dtype=torch.bool))
+        yield [pad_sequence(column, batch_first=True) for column in (texts, masks)]
+
+
+def drill(rng):
+    """A sum or a time, worked out, or in words and at once. Of more sums than problems
+    have, and of none that is for testing."""
+    if rng.random() < 0.5:
+        a, b, sign, c = mini.pick(rng, "train", *DRILLED_SUMS)
+        work, _ = mini.number(a, b, sign, c)
+        tool = mini.TOOLS[rng.choice(list(mini.TOOLS))]
+        said = mini.in_words(tool["numbers"], sign, a=a, b=b, c=c)
+    else:
+        t, sign, m = mini.pick(rng, "train", *mini.TIMES)
+        work, _ = mini.time(t, sign, m)
+        said = mini.in_words(rng.choice(mini.WORDS["times"]), sign, m=m, t=mini.clock(t))
+    at_once = f"{said}: {work.split('=')[-1]}"
+    return work if rng.random() < 0.5 else at_once
+
+
+def alternate(conversations, drilled):
+    """First drills alone, then one in eight."""
+    for step in itertools.count():
+        yield next(drilled if step < DRILLS or step % 8 == 0 else conversations)
 
 
 def main(folder):
     rng, task, texts = random.Random(SEED), FunctionCalling(difficulty="mini"), []
-    problems = make_problems(rng, PROBLEMS)
-    build = Path(
-        shutil.copytree(resolve("tiny-calls"), tempfile.mkdtemp(), dirs_exist_ok=True)
-    )
-    chat = Chat(build)
+    problems, chat = make_problems(rng, PROBLEMS), Chat(resolve("tiny-calls"))
     for problem in problems[:10_000]:
         texts.append(chat.render(task.messages(problem, True), task.tools(problem)))
         texts += [*conversation(problem, task, rng), task.reflect, task.retry]
-    tokenizer = make_tokenizer(texts)
-    tokenizer.save(str(build / "tokenizer.json"))
-    chat = Chat(build)
-    config = read_json(build / "config.json") | {"vocab_size": tokenizer.get_vocab_size()}
-    model = Decoder(ModelConfig.from_dict(config), context=1024)
-    initialise(model)
-    stream = batches(problems, task, chat, rng, draw, ROWS)
+    model, chat = fresh_model("tiny-calls", make_tokenizer(texts, PIECES))
+    conversations = batches(problems, task, chat, rng, draw, ROWS)
+    stream = alternate(conversations, drills(rng, chat, ROWS))
     # No mean: in batches of long conversations, those with faults, all would count less.
     warm_up(model, stream, STEPS, lambda losses, _, rows: losses.sum() / (TOKENS * rows))
     save(model, chat, Path(folder))

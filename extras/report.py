@@ -7,6 +7,7 @@ What is shown stands here, how in report_page.html. Mask and weights are rrr.py'
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import platform
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -23,30 +24,35 @@ import torch
 import rrr
 from config import Config, defaults_for, plain_errors
 from model import Chat, check, explain, read_json, resolve
+from tasks import task_class
 
 ROOM = 1_800_000  # bytes of episodes in a page
 STEPS, SIGNAL = 16, 3  # steps of a page, and failures with signal of each
 ENDS = 5  # steps at either end whose reflections are counted
-CURVES = "step reward first_try second_try reflection_tokens".split()
-CURVES += "groups groups_with_signal kl gap_mean".split()
 
 
 # ---- what a run is ----
 def read_run(run: Path, room: int = ROOM) -> dict:
     """All that the page shows of a run, or of a folder that eval.py wrote."""
-    evaluation = read_json(run / "eval.json", optional=True)
-    stored = read_json(run / "config.json", optional=True) or evaluation.get("config")
+    config, chat, evaluation = open_run(run)
+    metrics = list(read_rows(run / "metrics.jsonl"))
+    groups, ends = sample(run, metrics, config, room)
+    page = {"name": run.resolve().name, "model": model_name(config), "task": config.task}
+    page |= {"facts": facts(config, metrics), "options": options(config)}
+    page |= {"evals": list(read_rows(run / "eval.jsonl")), "evaluation": evaluation}
+    page["curves"] = [curve_row(row) for row in metrics[:: len(metrics) // 1000 + 1]]
+    page["ends"] = [count_reflections(*end, ends) for end in ends if end[1]]
+    return page | {"groups": groups, "vocabulary": vocabulary(groups, chat)}
+
+
+def open_run(run: Path):
+    """Its options, its chat, and what eval.py reported of it."""
+    evaluated = read_json(run / "eval.json", optional=True)
+    stored = read_json(run / "config.json", optional=True) or evaluated.get("config")
     check(stored, f"{run} has no config.json and no eval.json: it is not a run.")
     config = Config(**stored)
     chat = Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
-    metrics = list(read_rows(run / "metrics.jsonl"))
-    groups, ends, how = sample(run, metrics, config, room)
-    shown = {"name": run.resolve().name, "model": model_name(config), "task": config.task}
-    shown |= {"options": options(config), "evals": list(read_rows(run / "eval.jsonl"))}
-    shown |= {"facts": facts(config, metrics), "evaluation": evaluation.get("report")}
-    shown["curves"] = [curve_row(row) for row in metrics[:: len(metrics) // 1000 + 1]]
-    shown["ends"] = [count_reflections(*end, ends) for end in ends if end[1]]
-    return shown | {"groups": groups, "how": how, "vocabulary": vocabulary(groups, chat)}
+    return config, chat, evaluated.get("report")
 
 
 def read_rows(path: Path, beginning: str | tuple = "{"):
@@ -69,12 +75,12 @@ def facts(config: Config, metrics: list[dict]) -> list:
     """No file of a run tells its machine: what is told is where the page was written."""
     minutes = sum(sum(row["seconds"].values()) for row in metrics) / 60
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    rows = {"model": model_name(config), "task": config.task, "seed": config.seed}
-    rows["steps"] = f"{len(metrics)} of {config.steps}, {minutes:.1f} minutes on "
-    rows["steps"] += f"{config.device} in {config.dtype}"
+    ran = f"{len(metrics)} of {config.steps}, {minutes:.1f} minutes on {config.device}"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {gpu}"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return [*rows.items(), ("page written on", f"{machine}; {versions}")]
+    machine += f"; Python {platform.python_version()}, torch {torch.__version__}"
+    rows = {"model": model_name(config), "task": config.task, "seed": config.seed}
+    rows |= {"steps": f"{ran} in {config.dtype}", "page written on": machine}
+    return list(rows.items())
 
 
 def options(config: Config) -> list:
@@ -82,6 +88,9 @@ def options(config: Config) -> list:
     own, rows = asdict(config) | {"model": model_name(config)}, []
     asked = Config(**{name: own[name] for name in ("model", "task", "data", "device")})
     usual = asdict(asked) | defaults_for(asked) | {"data": ""}
+    for name in ("reflect", "retry"):
+        usual[name] = getattr(task_class(config.task), name)
+        own[name] = own[name] or usual[name]  # a run from before they were stored
     for name in sorted(own.keys() - {"device", "dtype", "seed", "out", "resume"}):
         if own[name] != usual[name]:
             value = str(own[name]).split("/")[-1]  # of a file, its name
@@ -90,8 +99,8 @@ def options(config: Config) -> list:
 
 
 def curve_row(metrics: dict) -> dict:
-    row = {name: brief(metrics.get(name)) for name in CURVES}
-    return row | {stage: brief(n) for stage, n in metrics["seconds"].items()}
+    numbers = metrics | metrics["seconds"]
+    return {name: brief(n) for name, n in numbers.items() if name != "seconds"}
 
 
 def brief(number: float | None) -> float | None:
@@ -103,7 +112,8 @@ def brief(number: float | None) -> float | None:
 
 # ---- episodes ----
 def sample(run: Path, metrics: list[dict], config: Config, room: int):
-    """(groups for the page; first and last steps, with their reflections; how I chose).
+    """Groups for the page: of steps spread evenly, the first with signal and the first
+    without. And the reflections of the first and last steps: [(steps, [(turn, reward)])].
     One step is in memory at a time; the lines of others are not parsed."""
     steps, path = [row["step"] for row in metrics], run / "episodes.jsonl"
     spread = {steps[(len(steps) - 1) * i // (STEPS - 1)] for i in range(STEPS) if steps}
@@ -115,22 +125,17 @@ def sample(run: Path, metrics: list[dict], config: Config, room: int):
     kept, left = [], 0
     for step, rows in groupby(read_rows(path, read), lambda row: row.pop("step", 0)):
         episodes = [to_episode(row) for row in rows]
-        for i, e in enumerate(episodes):
-            e.group = e.group if steps else i  # an evaluation has no siblings
         for chosen, reflections in ends:
             reflections += [(e.reflection, e.reward) for e in episodes if step in chosen]
         if step in spread:
             left += room // len(spread)
-            weights = weights_of(episodes, config)
-            for group in choose(rrr.by_group(episodes)):
-                own = weights if rrr.has_signal(group) else {}
-                packed = pack(step, group, own, config)
+            weights = weights_of(episodes, config) if steps else {}
+            for group in choose(episodes, bool(steps)):
+                packed = pack(step, group, weights, config)
                 if (size := len(json.dumps(packed))) <= left:
                     kept.append(packed)
                     left -= size
-    how = f"Shown are failures of {len(spread)} steps, spread evenly: of each the first "
-    how += f"{SIGNAL} with signal and the first without (of an evaluation, the first ones)."
-    return kept, ends, how
+    return kept, ends
 
 
 def to_episode(row: dict) -> rrr.Episode:
@@ -140,22 +145,22 @@ def to_episode(row: dict) -> rrr.Episode:
     return rrr.Episode(**row)
 
 
-def choose(groups: list) -> list:
-    if len(groups[0]) == 1:  # an evaluation: there are no siblings
-        return [group for group in groups if group[0].reflection][: STEPS * SIGNAL]
+def choose(episodes: list, trained: bool) -> list:
+    if not trained:  # an evaluation: no siblings, and ids of groups that come again
+        failures = [[replace(e, group=i)] for i, e in enumerate(episodes) if e.reflection]
+        return failures[: STEPS * SIGNAL]
+    groups = rrr.by_group(episodes)
     able = [group for group in groups if rrr.has_signal(group)]
     return able[:SIGNAL] + [group for group in groups if not rrr.has_signal(group)][:1]
 
 
 def weights_of(episodes: list, config: Config) -> dict:
-    """The weights of the trained tokens in rrr.make_batches, by these tokens' ids."""
-    weights = {}
-    for batch in rrr.make_batches(episodes, Config(**asdict(config) | {"device": "cpu"})):
-        for i, segments in enumerate(batch.segments):  # (T,)
-            for segment in range(1, segments.max() + 1):
-                own = batch.mask[i] & (segments == segment)  # (T,)
-                trained = tuple(batch.targets[i][own].tolist())
-                weights[trained] = batch.weights[i][own].tolist()
+    """The weight of each trained token, by the id of its episode. None without signal."""
+    kept = sum(filter(rrr.has_signal, rrr.by_group(episodes)), [])
+    masks = [rrr.ids_and_mask(e, config.train_on)[1] for e in kept]
+    tokens, weights = sum(map(sum, masks)), {}
+    for e, mask in zip(kept, masks):
+        weights[id(e)] = 1 / rrr.denominator(mask, tokens, len(kept), config)
     return weights
 
 
@@ -166,8 +171,9 @@ def pack(step: int, group: list, weights: dict, config: Config) -> dict:
         turns = piece("reflection", e.reflection) if e.reflection else []
         for turn, verdict in zip(e.retries, e.retry_verdicts):
             turns += piece("retry", turn, verdict)
-        trained = [] if e.advantage is None else trained_spans(e, weights, config)
+        mask = rrr.ids_and_mask(e, config.train_on)[1] if e.advantage is not None else []
         scores = {"reward": brief(e.reward), "advantage": brief(e.advantage)}
+        trained = spans(mask, brief(weights.get(id(e), 0.0)))
         episodes.append({"turns": turns, "trained": trained} | scores)
     shared = piece("attempt", first.attempt, first.attempt_verdict)
     place = {"step": step, "group": first.group, "key": first.problem["key"][:500]}
@@ -177,23 +183,18 @@ def pack(step: int, group: list, weights: dict, config: Config) -> dict:
 def piece(kind: str, turn: rrr.Turn, verdict: dict | None = None) -> list[dict]:
     """What the model read, and what it wrote."""
     before = "prompt" if kind == "attempt" else "instruction"
-    logps = [brief(logp) for logp in turn.logps]
-    wrote = {"kind": kind, "ids": turn.ids, "logps": logps, "cut": not turn.stopped}
-    return [{"kind": before, "ids": turn.prompt_ids}, wrote | {"verdict": verdict}]
+    wrote = {"kind": kind, "ids": turn.ids, "logps": [brief(logp) for logp in turn.logps]}
+    wrote |= {"cut": not turn.stopped, "verdict": verdict}
+    return [{"kind": before, "ids": turn.prompt_ids}, wrote]
 
 
-def trained_spans(e: rrr.Episode, weights: dict, config: Config) -> list:
-    """[start, end, weight] of the conversation's tokens under rrr.py's mask. A group
-    without signal is in no batch: its weights are 0."""
-    ids, mask, _ = rrr.ids_and_mask(e, config.train_on)
-    trained = tuple(i for i, is_trained in zip(ids, mask) if is_trained)
-    own = iter(weights.get(trained, [0.0] * len(trained)))
-    spans, start = [], 0
-    for weight, same in groupby(next(own) if is_trained else None for is_trained in mask):
-        end = start + len(list(same))
-        spans += [] if weight is None else [[start, end, brief(weight)]]
-        start = end
-    return spans
+def spans(mask: list[bool], weight: float) -> list:
+    """[start, end, weight] of the conversation's trained tokens."""
+    found, end = [], 0
+    for is_trained, same in groupby(mask):
+        start, end = end, end + len(list(same))
+        found += [[start, end, weight]] * is_trained
+    return found
 
 
 def vocabulary(groups: list[dict], chat: Chat) -> dict[int, str]:
@@ -246,33 +247,23 @@ def write_page(runs: list[Path], out: Path | None = None) -> Path:
 def show_text(run: Path, n: int):
     """Those with the highest advantages, trained tokens in colour or between brackets."""
     has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    data = read_run(run)
-    pairs = [(group, e) for group in data["groups"] for e in group["episodes"]]
-    pairs.sort(key=lambda pair: -(pair[1]["advantage"] or 0))
-    for group, e in pairs[:n]:
-        on = "\033[1;36m" if (e["advantage"] or 0) >= 0 else "\033[1;33m"
-        marks = (on, "\033[0m") if has_colour else ("[[", "]]")
-        place = f"Step {group['step']}, failure {group['group']}"
-        print(f"\n{place}: reward {e['reward']}, advantage {e['advantage']}", end="")
-        print(as_text(group, e, data["vocabulary"], *marks))
+    on, off = ("\033[1;36m", "\033[0m") if has_colour else ("[[", "]]")
+    config, chat, _ = open_run(run)
+    rows = read_rows(run / "episodes.jsonl")
+    for row in heapq.nlargest(n, rows, key=lambda row: row["advantage"]):
+        place = f"Step {row.pop('step')}, failure {row['group']}"
+        print(f"\n{place}: reward {row['reward']}, advantage {row['advantage']}")
+        e, trained_turns = to_episode(row), rrr.TRAINED_TURNS[config.train_on]
+        for i, turn in enumerate([e.attempt, e.reflection, *e.retries]):
+            text = printable(chat, turn.ids)
+            text = f"{on}{text}{off}" if i in trained_turns else text
+            print(printable(chat, turn.prompt_ids) + text, end="")
+        print(f"\n({'; '.join(v['error'] or 'right' for v in e.retry_verdicts)})")
 
 
-def as_text(group: dict, e: dict, vocabulary: dict, on: str, off: str) -> str:
-    starts, ends = {span[0] for span in e["trained"]}, {span[1] for span in e["trained"]}
-    text, position = "", 0
-    for turn in group["turns"] + e["turns"]:
-        text += f"\n{turn['kind']:12}"
-        for i in turn["ids"]:
-            text += on * (position in starts) + printable(vocabulary[i])
-            position += 1
-            text += off * (position in ends)
-        if verdict := turn.get("verdict"):
-            text += f"   ({'right' if verdict['ok'] else printable(verdict['detail'])})"
-    return text
-
-
-def printable(text: str) -> str:
+def printable(chat: Chat, ids: list[int]) -> str:
     """What would steer the terminal is shown, not obeyed."""
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 

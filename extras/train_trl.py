@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node 2 -m extras.train_trl --processes 2 --pool RUN/pool.jsonl
 
-Tasks, chat, failures and verdicts are ours; sampling, loss, optimizer and processes are
-GRPOTrainer's (accelerate, DeepSpeed, FSDP, vLLM). Options are those of train.py that OURS
-and THEIRS name, and all of GRPOConfig's. What is written is a run, as eval.py reads it.
-Where the two losses differ: tests/test_witness_trl.py. TRL warms up from a rate of 0.
+Model, task, failures and settings are those of the run that wrote the pool; sampling, loss,
+optimizer and processes are GRPOTrainer's (accelerate, DeepSpeed, FSDP, vLLM), and so are
+all other options. --output_dir becomes a run, as eval.py reads it. Where the two losses
+differ: tests/test_witness_trl.py. TRL warms up from a rate of 0.
 """
 
 import argparse
@@ -20,15 +20,12 @@ import transformers
 import trl
 from datasets import Dataset
 
-from config import Config, parse, plain_errors
-from model import Chat, check, explain, resolve
+from config import Config, open_task, plain_errors
+from model import Chat, check, explain, read_json, resolve
 from rrr import Episode, Rollout, Turn
-from tasks import get_task
-from train import append, read_rows
+from train import append, read_failures
 
-OURS = "model task data difficulty tools device dtype context pool out".split()
-OURS += ["batch_size", "retry_tokens"]
-THEIRS = {  # an option of ours: TRL's
+SAME = {  # an option of ours: TRL's
     "group_size": "num_generations",
     "reflection_tokens": "max_completion_length",
     "temperature": "temperature",
@@ -69,7 +66,7 @@ class Reflections:
         for e in failures:  # the attempt is the pool's
             glue = chat.glue(task.reflect, e.attempt.ids[-1])
             before_reflection.append(e.attempt.prompt_ids + e.attempt.ids + glue)
-        G, cap = trainer.num_generations, config.reflection_tokens
+        G, cap = trainer.num_generations, trainer.max_completion_length
         reflections, logps = write(trainer, before_reflection, cap, siblings=G)
         for ids, reflection in zip(before_reflection, reflections):
             before_retry.append(ids + reflection + chat.glue(task.retry, reflection[-1]))
@@ -104,70 +101,54 @@ class Log(transformers.TrainerCallback):
             print(f"step {step}: reward {logs['reward']:.2f}, {seconds:.1f} s", flush=True)
 
 
-def read_failures(config: Config) -> tuple[list[Episode], Rollout]:
-    """The pool's attempts, judged again."""
-    hint = "python train.py --steps 0 --out RUN writes RUN/pool.jsonl"
-    check(Path(config.pool).is_file(), f"--pool '{config.pool}' is no file; {hint}.")
-    task = get_task(config.task, config.data, config.difficulty)
-    model = SimpleNamespace(context=config.context or 4096)  # all that a prompt asks of it
-    rollout = Rollout(model, Chat(Path(config.model)), task, config)
-    failures = []
-    for row in read_rows(Path(config.pool)):
-        with explain(f"{config.pool} is not the pool.jsonl of a run", Exception):
-            attempt = Turn(**row["attempt"])
-            verdict = rollout.verify(row["problem"], attempt)
-            failure = Episode(row["problem"], row["group"], attempt, verdict)
-            same = attempt.prompt_ids == rollout.prompt(row["problem"])
-        check(same, f"{config.pool} is of another model, task or prompt.")
-        if not verdict["ok"]:
-            failures.append(failure)
-    check(failures, f"{config.pool} holds no failures: choose harder problems.")
-    return failures, rollout
-
-
-def options(argv: list[str]) -> tuple[Config, trl.GRPOConfig]:
-    """What OURS and THEIRS name is read as train.py reads it, all else by TRL's parser."""
+def options(argv: list[str]) -> tuple[Path, Config, trl.GRPOConfig]:
+    """The pool, the options of its run, and TRL's, which begin as the run's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--pool", type=Path, default=Path("pool.jsonl"))
     parser.add_argument("--processes", type=int)
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
-    for name in [*OURS, *THEIRS]:
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     ours, theirs = parser.parse_known_args(argv)
-    ours = vars(ours)
-    asked, rows = ours.pop("processes"), ours.pop("per_device_train_batch_size")
-    words = [word for name in ours for word in (f"--{name}", ours[name])]
-    config, _ = parse(words, __doc__, "extras.train_trl")
-    config.model = str(resolve(config.model).absolute())
+    hint = "python train.py --steps 0 --out RUN writes RUN/pool.jsonl"
+    check(ours.pool.is_file(), f"--pool '{ours.pool}' is no file; {hint}.")
+    with explain(f"{ours.pool.parent} is not the folder of a run", TypeError):
+        config = Config(**read_json(ours.pool.parent / "config.json"))
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # says torchrun
-    hint = f"start with torchrun --nproc_per_node {asked}"
+    asked, hint = ours.processes, f"start with torchrun --nproc_per_node {ours.processes}"
     check(asked in (None, processes), f"--processes {asked}, but {processes} run: {hint}.")
+    rows = ours.per_device_train_batch_size
     episodes, at_once = config.batch_size * config.group_size, processes * rows
     hint = f"{processes} processes with --per_device_train_batch_size {rows}"
     check(episodes % at_once == 0, f"{episodes} episodes a step do not divide into {hint}.")
-    values = ALWAYS | {theirs: getattr(config, ours) for ours, theirs in THEIRS.items()}
+    values = ALWAYS | {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
     values["per_device_train_batch_size"] = rows
     values["gradient_accumulation_steps"] = episodes // at_once
-    values["output_dir"] = config.out or f"runs/trl-{config.task}"
+    values["output_dir"] = f"{ours.pool.parent}-trl"
     values["use_cpu"] = config.device == "cpu"
     values["bf16"] = config.dtype == "bfloat16"  # the weights themselves stay float32
     parser = transformers.HfArgumentParser(trl.GRPOConfig, description=__doc__)
     parser.set_defaults(**values)
     with explain("TRL refuses these options", ValueError):
-        return config, parser.parse_args_into_dataclasses(theirs)[0]
+        (settings,) = parser.parse_args_into_dataclasses(theirs)
+    check(settings.max_steps > 0, f"{ours.pool.parent} has no steps: say --max_steps.")
+    return ours.pool, config, settings
 
 
-def make_trainer(config: Config, settings: trl.GRPOConfig) -> trl.GRPOTrainer:
+def make_trainer(pool: Path, config: Config, settings: trl.GRPOConfig) -> trl.GRPOTrainer:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is experimental
-    failures, rollout = read_failures(config)
+    folder = resolve(config.model)
+    task = open_task(config)
+    model = SimpleNamespace(context=config.context or 4096)  # all that a prompt asks of it
+    rollout = Rollout(model, Chat(folder), task, config)
+    _, failures = read_failures(pool, rollout)
     # AutoTokenizer may put a model type's own pre-tokenizer in place of the folder's.
     kind = transformers.PreTrainedTokenizerFast
     trainer = trl.GRPOTrainer(
-        config.model,
+        str(folder),
         reward,
         args=settings,
         train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(failures))]}),
-        processing_class=kind.from_pretrained(config.model, padding_side="left"),
+        processing_class=kind.from_pretrained(folder, padding_side="left"),
         rollout_func=Reflections(failures, rollout),
         callbacks=[Log()],
     )
@@ -177,29 +158,24 @@ def make_trainer(config: Config, settings: trl.GRPOConfig) -> trl.GRPOTrainer:
     return trainer
 
 
-def save(trainer: trl.GRPOTrainer, config: Config, run: Path):
-    """Options, and the last step with the source's own tokenizer files."""
-    folder = run / f"step-{trainer.state.global_step:06}"
-    trainer.processing_class = None  # or it would be written, too
-    trainer.save_model(folder)  # by all processes: each may hold a part
-    if trainer.is_world_process_zero():
-        for name, content in Chat(Path(config.model)).files.items():
-            (folder / name).write_bytes(content)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-
-
 def main(argv=None):
     with plain_errors("extras.train_trl"):
         check(trl.__version__ == "1.16.0", "pip install trl==1.16.0: its hooks may change.")
-        config, settings = options(sys.argv[1:] if argv is None else argv)
+        pool, config, settings = options(sys.argv[1:] if argv is None else argv)
         run, resume = Path(settings.output_dir), settings.resume_from_checkpoint
-        check(resume or not run.exists(), f"{run} exists: choose another --out.")
+        check(resume or not run.exists(), f"{run} exists: choose another --output_dir.")
         settings.distributed_state.wait_for_everyone()  # before one of them writes it
-        trainer = make_trainer(config, settings)
+        trainer = make_trainer(pool, config, settings)
         if trainer.is_world_process_zero():
             print(f"{run}: {settings.world_size} processes, {settings.max_steps} steps")
         trainer.train(resume_from_checkpoint=resume)
-        save(trainer, config, run)
+        folder = run / f"step-{settings.max_steps:06}"
+        trainer.processing_class = None  # the source's own files take its place
+        trainer.save_model(folder)  # by all processes: each may hold a part
+        if trainer.is_world_process_zero():
+            for name, content in Chat(resolve(config.model)).files.items():
+                (folder / name).write_bytes(content)
+            (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 """
 
 import ast
-import itertools
 import operator
 import random
 import re
@@ -40,7 +39,13 @@ class Countdown(Task):
         self.counts = range(int(fewest), int(most or fewest) + 1)
         self.max_number = int(largest)
         check(self.counts, f"difficulty {difficulty} wants {fewest} to {most} numbers.")
-        self.rows = load(data) if data else []
+        self.rows = []
+        for place, row in enumerate(load_rows(data) if data else [], 1):
+            nums, target = row.get("nums"), row.get("target")
+            right = isinstance(nums, list) and {type(x) for x in [*nums, target]} == {int}
+            wanted = "lacks whole 'nums' and 'target'"
+            check(right, f"{data}, row {place} {wanted}: {row!r:.100}.")
+            self.rows.append(problem_of(nums, target))
 
     def problems(self, split, n, seed):
         if self.rows:
@@ -50,30 +55,29 @@ class Countdown(Task):
         while len(found) < n and misses < 2000:  # few numbers have few problems
             count = rng.choice(self.counts)
             nums = [rng.randint(1, self.max_number) for _ in range(count)]
-            problem = problem_of(nums, random_result(nums, rng))
+            target, text = random_result(nums, rng)
+            problem = problem_of(nums, target) | {"answer": text}
             key = problem["key"]
             misses += 1
             wanted = in_test(key) == (split == "test")
-            if wanted and key not in found and 10 <= problem["target"] <= 99:
+            if wanted and key not in found and 10 <= target <= 99:
                 found[key] = problem
                 misses = 0
         return list(found.values())
 
     def messages(self, problem, native_tools=False):
         nums = ", ".join(map(str, problem["nums"]))
-        content = (
+        text = (
             f"Use the numbers {nums} to write an expression that equals "
             f"{problem['target']}. Use each number exactly once, with + - * / and "
-            "parentheses. Show your steps in short, then write the expression as "
-            "<answer>(1+2)*3</answer>."
+            "parentheses. Show your steps in short, then write the expression alone "
+            "between <answer> and </answer>."
         )
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": text}]
 
     def answer(self, problem):
-        """By search: a moment for four numbers, a second or two for six."""
-        terms = [(Fraction(n), str(n)) for n in problem["nums"]]
-        found = search(terms, problem["target"])
-        return found and f"<answer>{found}</answer>"
+        known = problem.get("answer")  # of our own problems
+        return known and f"<answer>{known}</answer>"
 
     def verify(self, problem, text):
         """The last <answer> counts; it may claim its value, and typeset its operators."""
@@ -94,14 +98,14 @@ class Countdown(Task):
         return Verdict(True)
 
 
-def evaluate(expression: str) -> tuple[Fraction, list[int]]:
+def evaluate(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of an expression, and the numbers in it. ValueError, SyntaxError or
     ZeroDivisionError if it is too long, too deep, or more than arithmetic."""
-    allowed = re.fullmatch(r"[-+*/()0-9\s]{1,200}", expression)
-    if not allowed or expression.count("(") > 20:
+    allowed = re.fullmatch(r"[-+*/()0-9\s]{1,200}", text)
+    if not allowed or text.count("(") > 20:
         raise ValueError("it is too long, or holds more than numbers, + - * / and ( )")
     # Python only parses this. 03 becomes 3, and 2**3 becomes 2 * * 3, which is no syntax.
-    tokens = re.findall(r"[1-9][0-9]*|0\b|[-+*/()]", expression)
+    tokens = re.findall(r"[1-9][0-9]*|0\b|[-+*/()]", text)
     numbers = [int(token) for token in tokens if token.isdigit()]
     return value_of(ast.parse(" ".join(tokens), mode="eval").body), numbers
 
@@ -116,49 +120,22 @@ def value_of(node: ast.expr) -> Fraction:
     return OPERATORS[type(node.op)](*map(value_of, operands))
 
 
-def search(terms, target):
-    """An expression of this value, of terms (value, text): joins two, and goes on."""
-    if len(terms) == 1:
-        return terms[0][1] if terms[0][0] == target else None
-    for i, j in itertools.permutations(range(len(terms)), 2):
-        (a, left), (b, right) = terms[i], terms[j]
-        rest = [term for k, term in enumerate(terms) if k not in (i, j)]
-        results = {"+": a + b, "-": a - b, "*": a * b}
-        if b:
-            results["/"] = a / b
-        for symbol, value in results.items():
-            joined = (value, f"({left}{symbol}{right})")
-            found = search([joined, *rest], target)
-            if found:
-                return found
-    return None
-
-
 def problem_of(nums, target):
     key = f"{','.join(map(str, sorted(nums)))}={target}"
     return {"key": key, "nums": nums, "target": target}
 
 
 def random_result(nums, rng):
-    """Combine the numbers two by two with random operators, whole positive results only."""
-    nums = list(nums)
-    while len(nums) > 1:
-        rng.shuffle(nums)
-        a, b = nums.pop(), nums.pop()
-        results = [a + b, a * b]
+    """Combine the numbers two by two with random operators, whole positive results only:
+    what comes out, and the expression."""
+    terms = [(n, str(n)) for n in nums]
+    while len(terms) > 1:
+        rng.shuffle(terms)
+        (a, x), (b, y) = terms.pop(), terms.pop()
+        results = [(a + b, f"({x}+{y})"), (a * b, f"({x}*{y})")]
         if a > b:
-            results.append(a - b)
+            results.append((a - b, f"({x}-{y})"))
         if a % b == 0:
-            results.append(a // b)
-        nums.append(rng.choice(results))
-    return nums[0]
-
-
-def load(data):
-    problems = []
-    for place, row in enumerate(load_rows(data), 1):
-        nums, target = row.get("nums"), row.get("target")
-        right = isinstance(nums, list) and {type(x) for x in [*nums, target]} == {int}
-        check(right, f"{data}, row {place} lacks whole 'nums' and 'target': {row!r:.100}.")
-        problems.append(problem_of(nums, target))
-    return problems
+            results.append((a // b, f"({x}/{y})"))
+        terms.append(rng.choice(results))
+    return terms[0]

@@ -20,11 +20,11 @@ from pathlib import Path
 from model import check, explain
 from tasks import Task, Verdict, in_test, load_rows, without_thinking
 
-ANSWER = """Answer with one call for each thing requested, each in this form:
+ANSWER = """Answer with a call for each thing requested, adding nothing, each in this form:
 <tool_call>
 {"name": "TOOL", "arguments": {"PARAMETER": VALUE}}
 </tool_call>"""
-CALL_KEYS = {"name", "function", "tool_calls"}
+KEYS = {"name", "function", "tool_calls"}
 MAX_CHARS = 32_768  # of an answer: a longer one is not read, so that none takes long
 CALLS_START = re.compile(r"""\{\s*["']|\[\s*\{""")  # but not "[1]" or "{x}" in prose
 ANYTHING = re.compile(r"\S")
@@ -109,11 +109,14 @@ def load(task, data):
 def judge(problem, calls):
     """The verdict on calls [{"name", "arguments"}]. Each wanted call takes the first that
     is right for it; [Apple] before [Microsoft or Apple], which might take its only one."""
-    wanted = sorted(problem["answers"], key=count_accepted)
+    wanted = sorted(
+        problem["answers"],
+        key=lambda call: sum(len(values or []) for values in call["arguments"].values()),
+    )
     if len(calls) != len(wanted):
         error = "wrong number of calls" if calls else "no call"
         return Verdict(False, error, f"expected calls: {len(wanted)}, found: {len(calls)}.")
-    schemas, left, missing = {}, list(calls), None
+    schemas, left, unmet = {}, list(calls), None
     for tool in problem["tools"]:
         schemas[tool["function"]["name"]] = tool["function"]["parameters"]
     for answer in wanted:
@@ -121,11 +124,11 @@ def judge(problem, calls):
         if True in right:
             del left[right.index(True)]
         else:
-            missing = answer
-    if missing is None:
+            unmet = answer
+    if unmet is None:
         return Verdict(True)
-    nearest = max(left, key=lambda call: call["name"] == missing["name"])
-    return compare(missing, nearest, schemas)
+    nearest = max(left, key=lambda call: call["name"] == unmet["name"])
+    return compare(unmet, nearest, schemas)
 
 
 def first_choice(accepted):
@@ -140,10 +143,6 @@ def first_choice(accepted):
         present = [choice for choice in choices if choice != ""]
         value[key] = first_choice(present[0]) if present else ""
     return value
-
-
-def count_accepted(answer):
-    return sum(len(accepted or []) for accepted in answer["arguments"].values())
 
 
 def compare(wanted, call, schemas):
@@ -217,7 +216,7 @@ def find_calls(text, start):
     while match := start.search(text, end):
         value, end = JSON.raw_decode(text, match.start())
         if isinstance(value, dict):
-            if start is CALLS_START and not value.keys() & CALL_KEYS:
+            if start is CALLS_START and not value.keys() & KEYS:
                 continue  # an object in prose
             value = value.get("tool_calls", [value])
         calls += map(read_call, value if isinstance(value, list) else [value])

@@ -42,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rrr
 import sampler
 import train
-from config import Config, resolve_auto, seeded
+from config import Config, seeded
+from config import parse as parse_config
 from model import Chat, Decoder, ModelConfig, load, resolve, save
 from rrr import Batch, Episode, Rollout, Turn
 from sampler import KVCache
@@ -861,6 +862,13 @@ def parse(argv) -> argparse.Namespace:
             if getattr(options, name) is None:
                 setattr(options, name, table[name][larger])
     return options
+
+
+def resolve_auto(options):
+    """--device and --dtype as train.py takes them."""
+    words = ["--device", options.device, "--dtype", options.dtype]
+    chosen, _ = parse_config(words, "", "bench.py")
+    options.device, options.dtype = chosen.device, chosen.dtype
 
 
 def main(argv=None) -> None:

@@ -27,13 +27,13 @@ import memory
 import torch
 
 import rrr
-from config import chunks, open_model, parse, resolve_auto, seeded
+from config import chunks, open_model, parse, seeded
 from eval import is_mended, percent
 from extras import cuda_graphs
 from model import load, resolve
 from rrr import Rollout
 from sampler import KVCache
-from tasks import get_task
+from tasks import task_class
 from train import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def correct(options, report: Report):
 def check_logits(options, report: Report):
     """Of three prompts, against the same weights in float32 on the CPU."""
     model, chat = load(options.model, "cpu", torch.float32)
-    task = get_task("countdown", "", "3-4x99")
+    task = task_class("countdown")("", "3-4x99")
     prompts = [chat.prompt(task.messages(p)) for p in task.problems("test", 3, 0)]
     ids = [torch.tensor([prompt]) for prompt in prompts]  # (1, T)
 
@@ -341,7 +341,7 @@ def rung_row(options, rung: tuple, opened: list) -> dict:
     config = config_of(options, rung)
     if not opened:
         opened += open_model(config)[:2]
-    task = get_task(config.task, "", config.difficulty)
+    task = task_class(config.task)("", config.difficulty)
     rollout, began = Rollout(*opened, task, config), time.perf_counter()
     generator = seeded(opened[0], "rungs")
     failures, tried = [], 0
@@ -494,7 +494,7 @@ def main():
         "--more", default="", help='options of train.py for learn, as in --more "--lr 2e-6"'
     )
     options = parser.parse_args()
-    resolve_auto(options)
+    bench.resolve_auto(options)
     if options.rungs is None:
         options.rungs = range(len(RUNGS)) if options.device == "cuda" else [0, 3]
     if options.model not in bench.SHAPES:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from model import UserError, load  # noqa: E402
-from tasks import get_task  # noqa: E402
+from tasks import task_class  # noqa: E402
 
 GARBAGE = [b"", b"\0" * 100, b"[]", b"null", b"7", b"{", b'"x"', b"\xff\xfe", b"{}"]
 GARBAGE += [b"[" * 50_000, b'{"a":' * 5000]
@@ -205,7 +205,7 @@ def try_data(change, work: Path):
     name, suffix, content = change
     path = work / f"data{suffix}"
     path.write_bytes(content)
-    task = get_task(name, str(path))
+    task = task_class(name)(str(path))
     for problem in task.problems("train", 9, 0) + task.problems("test", 9, 0):
         task.messages(problem)
         if len(problem.get("nums", "")) < 6:  # the search is for short ones

@@ -12,7 +12,7 @@ from hostile import ROW
 from config import Config, parse
 from model import UserError
 from rrr import Rollout
-from tasks import get_task
+from tasks import task_class
 from tasks.function_calling import FunctionCalling
 from train import MasterAdamW, failure_pool, open_run, restore
 
@@ -76,7 +76,7 @@ def test_a_damaged_log_is_a_traceback(run, name, line):
 class Nothing:
     """A rollout that has attempted all there is."""
 
-    task = get_task("countdown")
+    task = task_class("countdown")()
     fitting = staticmethod(lambda problems: [])
     verify = staticmethod(lambda problem, turn: {"ok": False})
     prompt = Rollout.prompt
@@ -93,7 +93,8 @@ def test_a_moment_of_another_shape_ends_the_process():
     optimizer = MasterAdamW([torch.nn.Parameter(torch.ones(2, 3))], Config())
     optimizer.parameters[0].sum().backward()
     optimizer.step(0.1, 1.0)
-    state = copy.deepcopy(optimizer.state())
+    state = {"masters": optimizer.masters, "adamw": optimizer.adamw.state_dict()}
+    state = copy.deepcopy(state)
     optimizer.restore(copy.deepcopy(state))
     for tensors, key in ((state["adamw"]["state"][0], "exp_avg"), (state["masters"], 0)):
         kept, tensors[key] = tensors[key], torch.zeros(3)

@@ -4,6 +4,7 @@ float64."""
 import copy
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,9 @@ def test_the_shared_prefix_pass_equals_the_plain_pass(train_on, checkpointing, m
     something else when its logits are recomputed; lost chunks."""
     monkeypatch.setattr(rrr, "HEAD_CHUNK", 7)
     model, episodes = random_model(), make_episodes(seed=1)
+    if train_on == "attempt":  # then each sibling has its own
+        for e in episodes:
+            e.attempt = replace(e.attempt, ids=e.reflection.ids, logps=e.reflection.logps)
     config = settings(train_on=train_on, temperature=0.8)
     batches = make_batches(episodes, config)
     assert len(batches) == 1

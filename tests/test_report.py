@@ -334,7 +334,7 @@ def test_text_for_pipes_and_terminals(make_run, capsys, monkeypatch):
     plain = capsys.readouterr().out
     assert not set("\x1b\0\x7f\u202e\u200f") & set(plain)
     assert "\\x1b[31m" in plain and "\\u202edlrow" in plain
-    assert plain.count("reflection  [[</script>") == 2 == plain.count("]]")
+    assert plain.count("Reflect.[[</script>") == 2 == plain.count("]]")
     assert plain.count("advantage 1.73") == 2  # the highest
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)

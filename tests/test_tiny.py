@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from config import parse
 from extras import make_tiny, make_tiny_calls
-from model import Chat, Decoder, ModelConfig, load, read_json
+from model import Chat, load
 from tasks import in_test
 from tasks.countdown import Countdown, evaluate
 from tasks.function_calling import FunctionCalling
@@ -90,12 +90,10 @@ def test_the_kind_of_reflection_does_not_depend_on_the_problem(conversations):
 
 def test_the_warm_up_repeats_itself(tiny_chat):
     """Same seed, same weights. Prevents: a random number from elsewhere."""
-    config = ModelConfig.from_dict(read_json(ROOT / "tiny" / "config.json"))
     problems = TASK.problems("train", 100, seed=0)
     states = []
     for _ in range(2):
-        model = Decoder(config, 1024)
-        make_tiny.initialise(model)
+        model, _ = make_tiny.fresh_model("tiny", tiny_chat.tokenizer)
         stream = make_tiny.batches(problems, TASK, tiny_chat, random.Random(0), rows=4)
         make_tiny.warm_up(model, stream, 3, make_tiny.mean_with_verdicts(tiny_chat))
         states.append(model.state_dict())
@@ -230,14 +228,14 @@ def test_the_calls_vocabulary_needs_no_bytes(calls_chat):
 
 def test_the_warm_up_for_calls_repeats_itself(calls_chat):
     """Prevents: a random number from elsewhere, prompts or failures that are trained."""
-    config = ModelConfig.from_dict(read_json(ROOT / "tiny-calls" / "config.json"))
     states = []
     for _ in range(2):
-        model, rng = Decoder(config, 1024), random.Random(0)
-        make_tiny.initialise(model)
+        model, _ = make_tiny.fresh_model("tiny-calls", calls_chat.tokenizer)
+        rng = random.Random(0)
         problems = make_tiny_calls.make_problems(rng, 50)
-        stream = make_tiny.batches(
-            problems, CALLS, calls_chat, rng, make_tiny_calls.draw, 4
+        stream = make_tiny_calls.alternate(
+            make_tiny.batches(problems, CALLS, calls_chat, rng, make_tiny_calls.draw, 4),
+            make_tiny_calls.drills(rng, calls_chat, 4),
         )
         make_tiny.warm_up(model, stream, 2, lambda losses, targets, rows: losses.mean())
         states.append(model.state_dict())

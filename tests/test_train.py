@@ -2,7 +2,6 @@
 refusal."""
 
 import errno
-import itertools
 import json
 import math
 import os
@@ -24,8 +23,9 @@ import eval as evaluation
 import rrr
 import train
 from config import Config, open_model, parse
-from model import UserError
-from tasks import get_task
+from model import Chat, UserError
+from rrr import Episode, Turn
+from tasks import task_class
 
 QUICK = "--steps 3 --batch_size 4 --group_size 4 --pool_problems 24 --eval_n 12".split()
 QUICK += "--save_every 2 --lr 1e-3 --sample_rows 16 --reflection_tokens 24".split()
@@ -180,7 +180,7 @@ def test_steps_0_builds_the_pool_and_nothing_else(capsys):
     out = capsys.readouterr().out
     files = {path.name for path in Path("p").iterdir()}
     assert files == {"config.json", "pool.jsonl", "lock"}
-    attempts, task = rows("p/pool.jsonl"), get_task("countdown")
+    attempts, task = rows("p/pool.jsonl"), task_class("countdown")()
     right = [task.verify(e["problem"], e["attempt"]["text"]).ok for e in attempts]
     assert len(attempts) == 24 and 0 < sum(right) < 24
     assert [e["attempt_verdict"]["ok"] for e in attempts] == right
@@ -211,7 +211,7 @@ def test_a_pool_of_other_prompts_is_refused(monkeypatch, capsys):
     other = ["--task", "function_calling", "--difficulty", "easy"]
     said = refusal(capsys, train.main, [*pool, *other])
     assert "p/pool.jsonl" in said and not Path("r").exists()
-    task = type(get_task("countdown"))
+    task = task_class("countdown")
     messages = task.messages
 
     def other_words(self, *arguments, **named):
@@ -242,7 +242,7 @@ def test_a_step_without_failures_goes_on(monkeypatch):
 
 def test_data_without_training_problems_is_refused(capsys):
     """Prevents: a traceback where all rows happen to be in the test split, or none is."""
-    task = get_task("countdown", "", "3x12")
+    task = task_class("countdown")("", "3x12")
     for split, words in (("test", "train on"), ("train", "test on")):
         [problem] = task.problems(split, 1, 0)
         row = {"nums": problem["nums"], "target": problem["target"]}
@@ -261,6 +261,7 @@ def test_data_without_training_problems_is_refused(capsys):
         "--retries_per_reflection 2",
         "--train_on reflection+retry",
         "--train_on everything --failures online",
+        "--train_on attempt --failures online --sample_rows 24",
         "--loss_norm sequence --scale_advantages false",
         "--loss_norm constant --checkpointing true --micro_batch_tokens 1",
         "--dtype bfloat16 --optimizer_device cpu",
@@ -444,7 +445,31 @@ def test_a_full_disk_loses_nothing(monkeypatch, capsys):
 def test_reflections_that_are_all_cut_are_not_named(capsys, tokens, named):
     """A model that has died goes on for hours, and each line looks like a hard step."""
     train.main([*QUICK, "--steps", "1", "--reflection_tokens", str(tokens), "--out", "r"])
-    assert ("all reflections are cut, or empty" in capsys.readouterr().out) == named
+    assert ("reflections are dying out" in capsys.readouterr().out) == named
+
+
+@pytest.mark.parametrize(
+    "words, named", [("a b c d", True), ("a b c d e f", False), ("one text", True)]
+)
+def test_reflections_that_shrink_or_become_one_text_are_named(words, named, capsys):
+    """To a quarter of the first step's. Prevents: 20 steps of decay that nobody is told."""
+    texts = ["all the same"] * 30 if words == "one text" else map(str, range(30))
+    length = 20 if words == "one text" else len(words.split())
+    turns = [Turn(list(range(length)), [], True, [], text) for text in texts]
+    verdict = {"ok": False, "error": "", "detail": ""}
+    episodes = [
+        Episode({}, 0, turn, verdict, turn, [turn], [verdict], 0.0) for turn in turns
+    ]
+    seconds = {"sample": 1, "train": 1}
+    config = Config(steps=9)
+    Path("r").mkdir()
+    first = {"reflection_tokens": 20, "step": 1}
+    Path("r/metrics.jsonl").write_text(json.dumps(first) + "\n")
+    metrics = train.measure(3, config, episodes, [], None, seconds)
+    train.log(Path("r"), metrics, episodes, config)
+    out = capsys.readouterr().out
+    assert ("reflections are dying out" in out) == named
+    assert f"reflections {length} tokens" in out and "0.2 min to go" in out
 
 
 def test_a_bfloat16_run_changes_the_last_bits_of_the_next_one():
@@ -569,7 +594,7 @@ def test_evaluation_with_controls(capsys):
     report = json.loads(Path("a/eval.json").read_text())["report"]
     controls = report["controls"]
     names = {"no reflection", "generic reflection", "another's reflection"}
-    names |= {"the right answer"}
+    names |= {"the right answer", "a fresh attempt"}
     assert set(controls) == names
     first, second = report["first_try"]["rate"], report["second_try"]["rate"]
     assert first <= second
@@ -585,18 +610,63 @@ def test_evaluation_with_controls(capsys):
     evaluation.main(["--eval_n", "8", *short, "--out", "c"])
 
 
-@pytest.mark.parametrize("mended", [0, 1])
-def test_what_to_expect_is_said_before_hours_are_spent(mended, monkeypatch, capsys):
-    """Once, after the pool. Prevents: a run of hours in which no retry succeeds."""
-    calls = itertools.count()
-    monkeypatch.setattr(train, "is_mended", lambda episode: next(calls) < mended)
-    train.main([*QUICK, "--steps", "0", "--out", "r"])
-    out = capsys.readouterr().out
-    assert f"a reflection mends {mended} of the first 12 failures" in out
-    assert ("next to no signal" in out) == (mended == 0)
-    Path("r/eval.jsonl").write_text("")  # as of a run that has begun
-    train.main(["--resume", "r"])
-    assert "a reflection mends" not in capsys.readouterr().out
+@pytest.mark.parametrize("right", ["wrong", "answer"])
+def test_what_to_expect_is_said_before_hours_are_spent(right, monkeypatch, capsys):
+    """Once, before the first step. Prevents: a run of hours in which no retry succeeds."""
+    verify = rrr.Rollout.verify
+
+    def judge(rollout, problem, turn):
+        is_retry = "again" in rollout.chat.decode(turn.prompt_ids)
+        return {"ok": is_retry and right == "answer", "error": "no answer", "detail": ""}
+
+    monkeypatch.setattr(rrr.Rollout, "verify", judge)
+    train.main([*QUICK, "--steps", "1", "--out", "r"])
+    assert ("next to no signal" in capsys.readouterr().out) == (right == "wrong")
+    monkeypatch.setattr(rrr.Rollout, "verify", verify)
+
+
+def test_plain_grpo_trains_each_attempt_by_its_own_verdict():
+    """Prevents: siblings of several problems in one group where sample_rows cuts a step, a
+    reflection that is trained all the same; a pool whose failures would be the problems."""
+    options = ["--train_on", "attempt", "--failures", "online", "--sample_rows", "16"]
+    train.main([*QUICK, *options, "--steps", "2", "--out", "r"])
+    episodes = rows("r/episodes.jsonl")
+    for e in episodes:
+        assert e["reflection"] is None and e["retries"] == []
+        assert e["reward"] == e["attempt_verdict"]["ok"]
+    groups = {}
+    for e in episodes:
+        groups.setdefault((e["step"], e["group"]), []).append(e)
+    assert len(groups) == 8 and not Path("r/pool.jsonl").exists()
+    for group in groups.values():
+        assert len(group) == 4 and len({e["problem"]["key"] for e in group}) == 1
+        assert abs(sum(e["advantage"] for e in group)) < 1e-3
+    for row in rows("r/metrics.jsonl"):
+        able = [g for (step, _), g in groups.items() if step == row["step"]]
+        able = [e for g in able if len({e["reward"] for e in g}) > 1 for e in g]
+        assert row["trained_tokens"] == sum(len(e["attempt"]["ids"]) for e in able)
+        assert row["reflection_tokens"] == 0
+
+
+def test_plain_grpo_takes_fresh_problems(capsys):
+    said = refusal(capsys, train.main, ["--train_on", "attempt", "--out", "r"])
+    assert "--failures online" in said and not Path("r").exists()
+
+
+def test_the_instructions_are_part_of_a_run(capsys):
+    """Prevents: an evaluation with other words than those that a run was trained with; the
+    words of one task for another."""
+    train.main([*QUICK, "--steps", "1", "--reflect", "Why?", "--out", "r"])
+    stored = json.loads(Path("r/config.json").read_text())
+    countdown, calls = task_class("countdown"), task_class("function_calling")
+    assert (stored["reflect"], stored["retry"]) == ("Why?", countdown.retry)
+    (episode, *_), chat = rows("r/episodes.jsonl"), Chat(ROOT / "tiny")
+    assert "Why?" in chat.decode(episode["reflection"]["prompt_ids"])
+    config, _ = parse(["--model", "r"], "", "eval.py")
+    assert (config.reflect, config.retry) == ("Why?", countdown.retry)
+    other = ["--model", "r", "--task", "function_calling", "--difficulty", "mini"]
+    config, _ = parse(other, "", "eval.py")
+    assert (config.reflect, config.retry) == (calls.reflect, calls.retry)
 
 
 def test_two_processes_on_one_run_and_an_old_checkpoint(whole, capsys):
@@ -645,7 +715,7 @@ def test_a_prompt_that_is_too_long_is_left_out(failures, capsys):
     options += " --attempt_tokens 8 --reflection_tokens 8 --retry_tokens 8"
     train.main(options.split())
     assert len(rows("r/metrics.jsonl")) == 2
-    assert "left out: note: word" in capsys.readouterr().out
+    assert "left out: beyond --context" in capsys.readouterr().out
 
 
 def test_what_a_template_makes_the_model_think_is_no_answer(tmp_path):
@@ -717,7 +787,7 @@ def test_the_readmes_task_is_a_whole_one(monkeypatch):
     exec(source, module.__dict__)  # our own text
     monkeypatch.setitem(sys.modules, "reverse", module)
     monkeypatch.setitem(tasks.TASKS, "reverse", "reverse:Reverse")
-    task = tasks.get_task("reverse")
+    task = tasks.task_class("reverse")()
     [problem] = [p for p in task.problems("train", 99, 0) if p["word"] == "planet"]
     assert task.verify(problem, "Let me see.\ntenalp").ok
     assert task.verify(problem, "planet").error == "wrong letters"

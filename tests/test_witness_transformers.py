@@ -20,7 +20,7 @@ from make_golden import ROPES  # noqa: E402
 from test_model import CHATML, write_chat  # noqa: E402
 
 from model import load, save  # noqa: E402
-from tasks import get_task  # noqa: E402
+from tasks import task_class  # noqa: E402
 
 REAL = Path(os.environ.get("MODELS", Path.home() / ".cache" / "real-models"))
 COMMON = dict(
@@ -179,7 +179,7 @@ def test_the_embedded_model_for_calls_is_the_same_to_transformers():
     ours, chat = load("tiny-calls")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    task = get_task("function_calling", "", "mini")
+    task = task_class("function_calling")("", "mini")
     for problem in task.problems("test", 50, 0):
         messages, tools = task.messages(problem, True), task.tools(problem)
         ids = tokenizer.apply_chat_template(

@@ -3,6 +3,7 @@ trained, what is rewarded, and that two processes are one. Runs where trl is ins
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -22,20 +23,23 @@ from model import load  # noqa: E402
 
 # Of trl and transformers, about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-SGD = "--optim sgd --lr 0.1 --max_grad_norm 0".split()  # AdamW would hide a factor
+SGD = (
+    "--optim sgd --learning_rate 0.1 --max_grad_norm 0".split()
+)  # AdamW would hide a factor
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     run = tmp_path_factory.mktemp("road") / "pool"
-    train.main(["--steps", "0", "--pool_problems", "60", "--out", str(run)])
+    words = "--steps 0 --pool_problems 60 --batch_size 3 --group_size 4 --warmup_ratio 0 "
+    words += "--reflection_tokens 60 --retry_tokens 24"
+    train.main([*words.split(), "--out", str(run)])
     return run / "pool.jsonl"
 
 
 def command(pool, out, rows, *more):
     """Two steps of three failures with four reflections each; each cap cuts some turns."""
-    words = f"--pool {pool} --out {out} --steps 2 --batch_size 3 --group_size 4 --lr 3e-4 "
-    words += "--warmup_ratio 0 --reflection_tokens 60 --retry_tokens 24 --save_strategy no "
+    words = f"--pool {pool} --output_dir {out} --max_steps 2 --save_strategy no "
     return [*words.split(), "--per_device_train_batch_size", str(rows), *more]
 
 
@@ -52,8 +56,7 @@ def test_two_steps_train_the_reflections_alone(pool, tmp_path, monkeypatch):
         return turns, logps
 
     monkeypatch.setattr(train_trl, "write", keep)
-    config, settings = train_trl.options(command(pool, tmp_path / "run", 6))
-    trainer = train_trl.make_trainer(config, settings)
+    trainer = train_trl.make_trainer(*train_trl.options(command(pool, tmp_path / "run", 6)))
     score = trainer._generate_and_score_completions
 
     def keep_batch(inputs):
@@ -64,7 +67,7 @@ def test_two_steps_train_the_reflections_alone(pool, tmp_path, monkeypatch):
     trainer._generate_and_score_completions = keep_batch
     trainer.train()
 
-    failures, rollout = train_trl.read_failures(config)
+    failures, rollout = trainer.rollout_func.failures, trainer.rollout_func.rollout
     chat, task = rollout.chat, rollout.task
     rewards, reflections, retries = [], [], []
     assert len(trained) == 2 and len(asked) == 4
@@ -149,8 +152,9 @@ def test_two_processes_are_one(pool, tmp_path):
         halves[1].append(second["completion_ids"][:2])
     assert len(steps) == 2 and halves[0] != halves[1]
 
-    config, settings = train_trl.options(command(pool, tmp_path / "one", 12, *SGD))
-    trainer = train_trl.make_trainer(config, settings)
+    trainer = train_trl.make_trainer(
+        *train_trl.options(command(pool, tmp_path / "one", 12, *SGD))
+    )
     replay = iter(steps)
     trainer.rollout_func = lambda prompts, trainer: next(replay) | {"logprobs": None}
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -178,16 +182,23 @@ def test_two_processes_are_one(pool, tmp_path):
 def test_what_is_wrong_is_said_in_a_sentence(pool, tmp_path):
     """Prevents: a pool of other prompts that trains, processes that are missing (accelerate
     launch --cpu starts one for two), a run that is written over."""
-    other = write_chat(tmp_path / "other")
     (tmp_path / "old").mkdir()
-    new = ["--pool", str(pool), "--out", str(tmp_path / "new")]
+    (tmp_path / "other").mkdir()
+    config = json.loads((pool.parent / "config.json").read_text())
+    config["model"] = str(write_chat(tmp_path / "other" / "model"))
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    copied = shutil.copy(pool, tmp_path / "other")
+    rows, new = "--per_device_train_batch_size", str(tmp_path / "new")
+    new = ["--output_dir", new, rows, "12", "--max_steps", "1"]
+    mine = ["--pool", str(pool), *new]
     wrong = {
         "is no file; python train.py --steps 0": [],
-        "is of another model": [*new, "--model", str(other)],
-        "--processes 2, but 1 run": [*new, "--processes", "2"],
-        "do not divide into 1 processes": [*new, "--per_device_train_batch_size", "7"],
-        "exists: choose another --out": [*new[:3], str(tmp_path / "old")],
-        "TRL refuses these options": [*new, "--train_on", "everything"],
+        "is of another model": ["--pool", copied, *new],
+        "--processes 2, but 1 run": [*mine, "--processes", "2"],
+        "do not divide into 1 processes": [*mine, rows, "7"],
+        "exists: choose another": [*mine, "--output_dir", str(tmp_path / "old")],
+        "TRL refuses these options": [*mine, "--train_on", "everything"],
+        "has no steps: say --max_steps": mine[:-2],
     }
     for sentence, words in wrong.items():
         with pytest.raises(SystemExit, match=sentence):
