@@ -1,0 +1,96 @@
+"""Here for a lesson: one failure of tiny on its way to a gradient, worked out by hand.
+
+    python -m extras.trace [--seed 1] [any option of train.py]
+
+Here are no batches and no shared prefix: each sibling is one plain pass. A test holds every
+figure against rrr.py.
+"""
+
+import sys
+
+import torch
+
+import rrr
+from config import open_model, parse, plain_errors, seeded
+from model import check
+
+
+def find_group(rollout, config) -> list[rrr.Episode]:
+    """The reflections on the first failure whose retries did not all end alike."""
+    problems = rollout.task.problems("train", 32, config.seed)
+    generator = seeded(rollout.model, config.seed, "trace")
+    attempts, cache = rollout.attempt(problems, generator)
+    rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
+    failures, cache = [attempts[row] for row in rows], cache.select(rows)
+    episodes = rrr.explore(failures, cache, rollout, config, generator)
+    able = [group for group in rrr.by_group(episodes) if rrr.has_signal(group)]
+    check(able, "no failure has reflections of different rewards: try another --seed.")
+    return able[0]
+
+
+def trace(model, group, temperature) -> dict:
+    """All figures, by hand. The gradient is left in the weights."""
+    rewards = [e.reward for e in group]
+    mean = sum(rewards) / len(rewards)
+    deviation = (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5
+    advantages = [(r - mean) / (deviation + 1e-4) for r in rewards]
+    weight = 1 / sum(len(e.reflection.ids) for e in group)  # --loss_norm token
+    figures = {"mean": mean, "deviation": deviation, "weight": weight, "loss": 0.0}
+    figures |= {"advantages": advantages, "ids": [], "mask": [], "logps": [], "grads": []}
+    model.zero_grad()
+    for e, advantage in zip(group, advantages):
+        before = e.attempt.prompt_ids + e.attempt.ids + e.reflection.prompt_ids
+        ids = before + e.reflection.ids
+        mask = [False] * len(before) + [True] * len(e.reflection.ids)
+        hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None])  # (1, T, C)
+        logits = model.logits(hidden)[0, :-1]  # (T - 1, V): each predicts the next id
+        logits.retain_grad()
+        logps = (logits / temperature).log_softmax(-1)  # (T - 1, V)
+        logps = logps[torch.arange(len(ids) - 1), ids[1:]]  # (T - 1,)
+        trained = logps[torch.tensor(mask[1:])]  # (n,)
+        ratio = torch.exp(trained - trained.detach())  # 1: the weights have not moved
+        loss = -(weight * ratio * advantage).sum()
+        loss.backward()
+        figures["loss"] += loss.item()
+        for name, value in {"ids": ids, "mask": mask, "grads": logits.grad}.items():
+            figures[name].append(value)
+        figures["logps"].append(trained.detach())
+    return figures
+
+
+def show(figures, group, chat):
+    def text(i):
+        return repr(chat.tokenizer.decode([i], skip_special_tokens=False))
+
+    best = max(range(len(group)), key=lambda k: group[k].reward)
+    print(f"\nproblem     {group[0].problem['key']}\nattempt     {group[0].attempt.text}")
+    print(f"\nmean reward {figures['mean']:.3f}, deviation {figures['deviation']:.3f}")
+    for e, advantage in zip(group, figures["advantages"]):
+        print(f"reward {e.reward:.0f}, advantage {advantage:+.3f}: {e.reflection.text!r}")
+    ids, mask, grads = figures["ids"][best], figures["mask"][best], figures["grads"][best]
+    print(f"\nids and mask of reflection {best + 1}: {len(ids)} ids, {sum(mask)} trained")
+    start = mask.index(True)
+    print(
+        "position, id, mask, logp; how descent moves its logit, and all others together"
+    )
+    for t in range(start - 3, start + 5):
+        own, total = grads[t - 1, ids[t]].item(), grads[t - 1].sum().item()
+        logp = f"{figures['logps'][best][t - start]:.4f}" if mask[t] else "-"
+        push = f"{-own:+.5f} {own - total:+.5f}"
+        print(f"{t:5} {ids[t]:5} {text(ids[t]):24} {mask[t]:d} {logp:>9}  {push}")
+    print(f"\nweight of a trained token: {figures['weight']:.6f}, one over their number")
+    print(f"loss {figures['loss']:+.6f}: minus the weighted sum of advantages")
+
+
+def main(argv=None):
+    with plain_errors("extras.trace"):
+        argv = sys.argv[1:] if argv is None else argv
+        argv = ["--device", "cpu", "--group_size", "4", *argv]
+        config, _ = parse(argv, __doc__, "-m extras.trace")
+        model, chat, task = open_model(config)
+        group = find_group(rrr.Rollout(model, chat, task, config), config)
+        show(trace(model, group, config.temperature), group, chat)
+
+
+if __name__ == "__main__":
+    main()
