@@ -126,7 +126,8 @@ def sample(run: Path, metrics: list[dict], config: Config, room: int):
     for step, rows in groupby(read_rows(path, read), lambda row: row.pop("step", 0)):
         episodes = [to_episode(row) for row in rows]
         for chosen, reflections in ends:
-            reflections += [(e.reflection, e.reward) for e in episodes if step in chosen]
+            wrote = [(e.reflection or e.attempt, e.reward) for e in episodes]
+            reflections += wrote if step in chosen else []
         if step in spread:
             left += room // len(spread)
             weights = weights_of(episodes, config) if steps else {}
@@ -167,15 +168,18 @@ def weights_of(episodes: list, config: Config) -> dict:
 def pack(step: int, group: list, weights: dict, config: Config) -> dict:
     """A failure and its reflections; what siblings share is there once."""
     first, episodes = group[0], []
+    shared = piece("attempt", first.attempt, first.attempt_verdict)
+    if config.train_on == "attempt":  # then each sibling has one of its own
+        shared = shared[:1]
     for e in group:
-        turns = piece("reflection", e.reflection) if e.reflection else []
+        turns = piece("attempt", e.attempt, e.attempt_verdict)[len(shared) :]
+        turns += piece("reflection", e.reflection) if e.reflection else []
         for turn, verdict in zip(e.retries, e.retry_verdicts):
             turns += piece("retry", turn, verdict)
         mask = rrr.ids_and_mask(e, config.train_on)[1] if e.advantage is not None else []
         scores = {"reward": brief(e.reward), "advantage": brief(e.advantage)}
         trained = spans(mask, brief(weights.get(id(e), 0.0)))
         episodes.append({"turns": turns, "trained": trained} | scores)
-    shared = piece("attempt", first.attempt, first.attempt_verdict)
     place = {"step": step, "group": first.group, "key": first.problem["key"][:500]}
     return place | {"turns": shared, "episodes": episodes}
 
@@ -254,7 +258,8 @@ def show_text(run: Path, n: int):
         place = f"Step {row.pop('step')}, failure {row['group']}"
         print(f"\n{place}: reward {row['reward']}, advantage {row['advantage']}")
         e, trained_turns = to_episode(row), rrr.TRAINED_TURNS[config.train_on]
-        for i, turn in enumerate([e.attempt, e.reflection, *e.retries]):
+        turns = [e.attempt, e.reflection, *e.retries] if e.reflection else [e.attempt]
+        for i, turn in enumerate(turns):
             text = printable(chat, turn.ids)
             text = f"{on}{text}{off}" if i in trained_turns else text
             print(printable(chat, turn.prompt_ids) + text, end="")

@@ -70,9 +70,7 @@ def show(figures, group, chat):
     ids, mask, grads = figures["ids"][best], figures["mask"][best], figures["grads"][best]
     print(f"\nids and mask of reflection {best + 1}: {len(ids)} ids, {sum(mask)} trained")
     start = mask.index(True)
-    print(
-        "position, id, mask, logp; how descent moves its logit, and all others together"
-    )
+    print("position, id, mask, logp; how descent moves its logit, and all others together")
     for t in range(start - 3, start + 5):
         own, total = grads[t - 1, ids[t]].item(), grads[t - 1].sum().item()
         logp = f"{figures['logps'][best][t - start]:.4f}" if mask[t] else "-"

@@ -100,9 +100,8 @@ MUTATIONS = [  # what is broken, where, the words there, and what they become
     (
         "a fork shares its parent's keys",
         "sampler.py",
-        "new.keys = [keys[index] for keys in self.keys]",
-        "new.keys = [keys if len(keys) == len(rows) else keys[index] for keys "
-        "in self.keys]",
+        "new.keys = [k[index] for k in self.keys]",
+        "new.keys = [k if len(k) == len(rows) else k[index] for k in self.keys]",
     ),
     (
         "compaction forgets to move the values",

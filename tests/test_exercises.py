@@ -1,4 +1,4 @@
-"""results/exercises.md: each patch fits the code as it stands, runs, and does what is said."""
+"""results/exercises.md: each patch fits the code as it stands, and does what is said."""
 
 import json
 import shutil

@@ -10,6 +10,7 @@ import tokenize
 
 import pytest
 from conftest import ROOT
+from mutate import MUTATIONS
 
 MAY_IMPORT = {  # a file of the road -> the files of ours that it may know
     "model.py": set(),
@@ -207,6 +208,12 @@ def test_what_stands_beside_the_road_needs_no_new_package(file):
     if file == "extras/train_trl.py":
         names -= {"datasets", "transformers", "trl"}  # the road that it is made for
     assert names <= OURS | PACKAGES | LAZY
+
+
+def test_each_break_of_mutate_fits_the_code():
+    """Prevents: breaks that rot, as each takes minutes to try."""
+    for what, file, old, new in MUTATIONS:
+        assert (ROOT / file).read_text().count(old) == 1 and new != old, what
 
 
 def test_requirements_are_what_is_imported():

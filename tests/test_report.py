@@ -193,6 +193,31 @@ def test_whole_groups_of_steps_spread_evenly(make_run):
     assert sorted(kinds) == [0, 1, 2]  # with signal, and the first without
 
 
+def test_each_sibling_shows_its_own_attempt(make_run, tiny_chat):
+    """Of plain GRPO. Prevents: eight times the first one's answer."""
+
+    def answers(chat, step, group, rewards):
+        episodes = failure(chat, step, group, rewards)
+        for i, e in enumerate(episodes):
+            e.attempt = turn(chat, "problem", f"<answer>{i}</answer>", i)
+            e.reflection, e.retries, e.retry_verdicts = None, [], []
+        return episodes
+
+    run = make_run(groups=answers, train_on="attempt")
+    data = report.read_run(run)
+    for group in data["groups"]:
+        assert [t["kind"] for t in group["turns"]] == ["prompt"]
+        assert all(len(e["turns"]) == 1 for e in group["episodes"])
+        texts = {str(e["turns"][0]["ids"]) for e in group["episodes"]}
+        assert len(texts) == 4
+        for e in group["episodes"]:
+            [(start, end, _)] = e["trained"]
+            assert start == len(group["turns"][0]["ids"])
+            assert end - start == len(e["turns"][0]["ids"])
+    assert data["ends"][0]["distinct"] == 4 / 36
+    report.show_text(run, 1)
+
+
 def long_failure(chat, step, group, rewards):
     """As long as those of a real model."""
     episodes = failure(chat, step, group, rewards * 2)
