@@ -89,9 +89,9 @@ def defaults_for(config: Config) -> dict:
     """What differs from the defaults above. config.device is resolved."""
     stored = read_json(Path(config.model) / "config.json", optional=True)
     if "reflection_tokens" in stored:  # a run: what it was trained with
-        names = {field.name for field in fields(Config)} & stored.keys()
-        names -= {"model", "device", "seed", "out", "pool", "resume"}
-        return {key: stored[key] for key in names}
+        names = stored.keys() - {"model", "device", "seed", "out", "pool", "resume"}
+        kept = [field for field in fields(Config) if field.name in names]
+        return {field.name: convert(field, str(stored[field.name])) for field in kept}
     if config.model in ("tiny", "tiny-calls"):
         changed = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
         changed |= {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}

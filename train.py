@@ -144,7 +144,7 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
     """The step's episodes, and the share solved at the first try (None with a pool)."""
     n, first_try, episodes = config.batch_size, None, []
     # In parts of sample_rows conversations: each failure has G reflections with R retries.
-    size = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
+    cap = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
     if schedule:
         attempts = schedule[step * n : (step + 1) * n]
         cache, rows = rollout.reread(attempts), range(n)
@@ -153,7 +153,7 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
         problems = rollout.fitting(problems)
         generator = seeded(rollout.model, config.seed, "attempt", step)
         if config.train_on == "attempt":
-            for part in chunks(problems[:n], size):
+            for part in chunks(problems[:n], cap):
                 first = len(episodes) // config.group_size
                 episodes += rrr.explore_attempts(part, first, rollout, config, generator)
             return episodes, None
@@ -161,7 +161,7 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         first_try = 1 - len(rows) / len(attempts)
         rows = rows[:n]
-    for i, part in enumerate(chunks(rows, size)):
+    for i, part in enumerate(chunks(rows, cap)):
         generator = seeded(rollout.model, config.seed, "reflect", step, i)
         failures = [replace(attempts[row], group=row) for row in part]
         branch = cache.select(part)

@@ -28,9 +28,9 @@ from tasks.countdown import Countdown
 
 MAX_NUMBER = 15
 LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
-RIGHT = 0.6  # attempts (and guessed retries) that are right
-KINDS = {"vague": 0.4, "diagnosis": 0.3, "search": 0.3}
-STEPS, SEED = 7000, 0
+RIGHT = 0.45  # attempts (and guessed retries) that are right
+KINDS = {"vague": 0.45, "diagnosis": 0.3, "search": 0.25}
+STEPS, SEED = 5000, 0
 VAGUE = """I made a mistake and should be more careful.
 I was careless. I will think before I answer.
 My answer was wrong. I will try something else.

@@ -653,6 +653,16 @@ def test_plain_grpo_takes_fresh_problems(capsys):
     assert "--failures online" in said and not Path("r").exists()
 
 
+@pytest.mark.parametrize("option, value", [("eval_n", "many"), ("temperature", [1])])
+def test_an_evaluation_checks_what_a_run_stored(option, value, whole, capsys):
+    """Prevents: a traceback for a config.json that somebody has written in."""
+    shutil.copytree(whole, "r")
+    stored = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(stored | {option: value}))
+    said = refusal(capsys, evaluation.main, ["--model", "r"])
+    assert f"--{option} must be a" in said
+
+
 def test_the_instructions_are_part_of_a_run(capsys):
     """Prevents: an evaluation with other words than those that a run was trained with; the
     words of one task for another."""

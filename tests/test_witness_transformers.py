@@ -172,14 +172,18 @@ TOOL = {
 }
 
 
-def test_the_embedded_model_for_calls_is_the_same_to_transformers():
+@pytest.mark.parametrize(
+    "name, task, level",
+    [("tiny", "countdown", "3x12"), ("tiny-calls", "function_calling", "mini")],
+)
+def test_the_embedded_models_are_the_same_to_transformers(name, task, level):
     """Ids of prompts with tools, answers and instructions, then logits. Prevents: a
     model_type for which AutoTokenizer builds its own tokenizer (as it does for qwen2)."""
-    folder = ROOT / "tiny-calls"
-    ours, chat = load("tiny-calls")
+    folder = ROOT / name
+    ours, chat = load(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    task = task_class("function_calling")("", "mini")
+    task = task_class(task)("", level)
     for problem in task.problems("test", 50, 0):
         messages, tools = task.messages(problem, True), task.tools(problem)
         ids = tokenizer.apply_chat_template(
@@ -195,7 +199,7 @@ def test_the_embedded_model_for_calls_is_the_same_to_transformers():
         assert whole == chat.prompt(messages, tools)
         assert whole == ids + chat.encode(task.answer(problem)) + chat.glue(task.reflect)
         assert tokenizer.decode(whole) == chat.tokenizer.decode(whole, False) == text
-        compare(ours, theirs.eval(), torch.tensor([whole]), what="tiny-calls")
+        compare(ours, theirs.eval(), torch.tensor([whole]), what=name)
 
 
 def real(name):
