@@ -434,10 +434,10 @@ def test_a_click_through_the_page(browser, make_run):
     assert "reflection 4 of 4" in seen(browser, "#episode h3")
     # filters, and an order
     browser.open(page, "#step=3&outcome=rewarded&order=advantage%2C+highest")
-    assert "1 of 3 episodes" in seen(browser, "#steer")
+    assert "episode 1 of 3" in seen(browser, "#steer")
     assert "Step 3, failure 0, reflection 1" in seen(browser, "#episode h3")
     browser.open(page, "#words=problem+5")
-    assert "of 12 episodes" in seen(browser, "#steer")
+    assert "of 12" in seen(browser, "#steer")
     browser.click("#words")
     browser.keys("000")
     assert "0 episodes" in seen(browser, "#steer")
