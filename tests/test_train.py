@@ -270,7 +270,9 @@ def test_data_without_training_problems_is_refused(capsys):
 def test_every_choice_of_the_method_runs_and_is_logged(options, whole):
     pool = ["--pool", f"{whole}/pool.jsonl"] if "online" not in options else []
     train.main([*QUICK, *pool, "--steps", "2", "--out", "r", *options.split()])
-    for row in rows("r/metrics.jsonl"):
+    able = [row for row in rows("r/metrics.jsonl") if row["groups_with_signal"]]
+    assert able, "no step of the two has signal: choose another seed for this test"
+    for row in able:
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["skipped"] == 0
         limit = 0.3 if "bfloat16" in options else 1e-3
         assert row["gap_max"] < limit, "sampler and trainer must agree on the log-probs"
