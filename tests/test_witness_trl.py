@@ -17,6 +17,7 @@ published does not."""
 
 import math
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,15 @@ def folder(tmp_path_factory):
 
 
 # ---- the same episodes for both ----
+
+
+def with_own_attempts(episodes, train_on):
+    """For plain GRPO, where siblings do not share their attempt."""
+    if train_on == "attempt":
+        for e in episodes:
+            e.attempt = replace(e.attempt, ids=e.reflection.ids, logps=e.reflection.logps)
+            e.reflection, e.retries = replace(e.reflection), list(e.retries)
+    return episodes
 
 
 def number(episodes):
@@ -230,7 +240,7 @@ def test_loss_and_gradient_equal_trls(folder, loss_type, parts, beta, train_on):
     wrong way round, a denominator that is not the batch's, glue that is trained, advantages
     of a neighbour. Ratios are far from 1, both sides clip, the log-probs outside the mask
     are wild."""
-    episodes = make_episodes(groups=3, G=G, seed=2)
+    episodes = with_own_attempts(make_episodes(groups=3, G=G, seed=2), train_on)
     values = made_up(number(episodes))
     config = our_settings(train_on=train_on, loss_norm=LOSSES[loss_type], kl_beta=beta)
     ours = our_loss(episodes, values, config)
@@ -356,7 +366,7 @@ def test_two_steps_of_trls_train(folder, loss_type, train_on):
     shift by one, a prefix that is shared wrongly, the old log-probs taken after the first
     step, gradients scaled by the number of micro-batches."""
     T, beta, lr = 0.7, 0.05, 0.05
-    episodes = make_episodes(groups=3, G=G, seed=6)
+    episodes = with_own_attempts(make_episodes(groups=3, G=G, seed=6), train_on)
     assign_advantages(episodes, scale=False)
     trainer = make_trainer(
         folder,
