@@ -132,7 +132,8 @@ def sample(run: Path, metrics: list[dict], config: Config, room: int):
             left += room // len(spread)
             weights = weights_of(episodes, config) if steps else {}
             for group in choose(episodes, bool(steps)):
-                packed = pack(step, group, weights, config)
+                own = weights if rrr.has_signal(group) else {}
+                packed = pack(step, group, own, config)
                 if (size := len(json.dumps(packed))) <= left:
                     kept.append(packed)
                     left -= size
@@ -156,12 +157,14 @@ def choose(episodes: list, trained: bool) -> list:
 
 
 def weights_of(episodes: list, config: Config) -> dict:
-    """The weight of each trained token, by the id of its episode. None without signal."""
-    kept = sum(filter(rrr.has_signal, rrr.by_group(episodes)), [])
-    masks = [rrr.ids_and_mask(e, config.train_on)[1] for e in kept]
-    tokens, weights = sum(map(sum, masks)), {}
-    for e, mask in zip(kept, masks):
-        weights[id(e)] = 1 / rrr.denominator(mask, tokens, len(kept), config)
+    """The weight that rrr.make_batches gives to a reflection's tokens, by their ids."""
+    weights = {}
+    for batch in rrr.make_batches(episodes, Config(**asdict(config) | {"device": "cpu"})):
+        for i, segments in enumerate(batch.segments):  # (T,)
+            for segment in range(1, segments.max() + 1):
+                own = batch.mask[i] & (segments == segment)  # (T,)
+                trained = tuple(batch.targets[i][own].tolist())
+                weights[trained] = batch.weights[i][own][0].item()
     return weights
 
 
@@ -176,9 +179,10 @@ def pack(step: int, group: list, weights: dict, config: Config) -> dict:
         turns += piece("reflection", e.reflection) if e.reflection else []
         for turn, verdict in zip(e.retries, e.retry_verdicts):
             turns += piece("retry", turn, verdict)
-        mask = rrr.ids_and_mask(e, config.train_on)[1] if e.advantage is not None else []
+        ids, mask, _ = rrr.ids_and_mask(e, config.train_on)
+        weight = weights.get(tuple(i for i, m in zip(ids, mask) if m), 0.0)
         scores = {"reward": brief(e.reward), "advantage": brief(e.advantage)}
-        trained = spans(mask, brief(weights.get(id(e), 0.0)))
+        trained = [] if e.advantage is None else spans(mask, brief(weight))
         episodes.append({"turns": turns, "trained": trained} | scores)
     place = {"step": step, "group": first.group, "key": first.problem["key"][:500]}
     return place | {"turns": shared, "episodes": episodes}
