@@ -40,13 +40,13 @@ def explore(failures, cache, rollout, config, generator) -> list["Episode"]:
     return episodes
 
 
-def explore_attempts(problems, first, rollout, config, generator) -> list["Episode"]:
+def explore_attempts(problems, rollout, config, generator) -> list["Episode"]:
     """Plain GRPO on the answers, to compare with (--train_on attempt): G attempts at each
-    problem, rewarded themselves. Nothing is reflected upon. first: the first group's id."""
+    problem, all side by side, rewarded themselves. Nothing is reflected upon."""
     G = config.group_size
     episodes, _ = rollout.attempt(repeat(problems, G), generator)
     for i, e in enumerate(episodes):
-        e.group = first + i // G
+        e.group = i // G
         e.reward = float(e.attempt_verdict["ok"])
     assign_advantages(episodes, config.scale_advantages)
     return episodes

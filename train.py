@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import nn
+from tqdm import tqdm
 
 import rrr
 from config import Config, chunks, open_model, parse, plain_errors, seeded, write_page
@@ -41,9 +42,10 @@ def train(run: Path, config: Config):
     rollout = Rollout(model, chat, task, config)
     test = rollout.fitting(task.problems("test", config.eval_n, 0))  # for every seed
     check(task.problems("train", 1, 0), "the data is too small: none is left to train on.")
-    print(f"{'resuming' if config.resume else 'writing'} {run}", flush=True)
-    is_pool = config.failures == "pool"
-    schedule = failure_pool(run, rollout, config) if is_pool else None
+    print(f"{'resuming' if config.resume else 'writing'} {run}")
+    live = tqdm(None, "failure pool", config.steps, False, initial=start, disable=None)
+    pooled = config.failures == "pool"
+    schedule = failure_pool(run, rollout, config, live) if pooled else None
     if config.steps == 0:
         return
     reports = read_rows(run / "eval.jsonl")
@@ -51,43 +53,46 @@ def train(run: Path, config: Config):
         print(f"{run} is finished: there is nothing to resume.")
         return write_page(run)
     if not reports:
-        keep_evaluation(run, rollout, test, 0)
+        keep_evaluation(run, rollout, test, 0, live)
 
     for step in range(start, config.steps):
+        live.set_description("sampling")
         began = time.perf_counter()
         episodes, first_try = sample_step(step, rollout, config, schedule)
+        live.set_description("training")
         sampled = time.perf_counter()
         batches, metrics = make_batches(episodes, config), {}
         if batches:  # else no group has signal, and there is nothing to learn from
             metrics = update(model, reference, optimizer, batches, config, step)
         seconds = {"sample": sampled - began, "train": time.perf_counter() - sampled}
         metrics = measure(step, config, episodes, batches, first_try, seconds) | metrics
-        log(run, metrics, episodes, config)
+        log(run, metrics, episodes, config, live)
         done = step + 1
         if config.eval_every and done % config.eval_every == 0 and done < config.steps:
-            keep_evaluation(run, rollout, test[:64], done)
+            keep_evaluation(run, rollout, test[:64], done, live)
         if done % config.save_every == 0 or done == config.steps:
             save_checkpoint(run, done, model, chat, optimizer)
-    keep_evaluation(run, rollout, test, config.steps)
+    keep_evaluation(run, rollout, test, config.steps, live)
     before, *_, after = read_rows(run / "eval.jsonl")
-    print(f"\n{table({'before': before, 'after': after})}")
-    print(f"\n{run}: the model, metrics, episodes. Controls: python eval.py --model {run}")
+    live.write(f"\n{table({'before': before, 'after': after})}")
+    live.write(f"\n{run}: model, metrics, episodes. Controls: python eval.py --model {run}")
     write_page(run)
 
 
-def keep_evaluation(run: Path, rollout: Rollout, problems, step: int):
+def keep_evaluation(run: Path, rollout: Rollout, problems, step: int, live: tqdm):
     """Evaluates, appends the report to RUN/eval.jsonl and says it in a line."""
+    live.set_description("evaluating")
     report, _ = evaluate(rollout, problems, 0)
     append(run / "eval.jsonl", [{"step": step} | report])
     first, second = percent(report["first_try"]), percent(report["second_try"])
-    print(f"held out, step {step}: first try {first}, second try {second}", flush=True)
+    live.write(f"held out, step {step}: first try {first}, second try {second}")
     mended = report["retry_success"]
     if step == 0 and mended and mended["rate"] < 1 / 32:
-        print("That is next to no signal: take an easier --difficulty or a larger --model.")
+        live.write("That is next to no signal: an easier --difficulty or a larger --model.")
 
 
 # ---- failures ----
-def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
+def failure_pool(run: Path, rollout: Rollout, config: Config, live) -> list[Episode]:
     """What the untrained model fails at (the paper's failure set), for all steps in a row.
     RUN/pool.jsonl holds all attempts and is judged when it is read."""
     path = source = run / "pool.jsonl"
@@ -98,7 +103,7 @@ def failure_pool(run: Path, rollout: Rollout, config: Config) -> list[Episode]:
     attempts, failures = read_failures(source, rollout)
     if source != path:
         rewrite(path, attempts)
-    print(f"failure pool: {len(failures)} failures in {len(attempts)} attempts ({path})")
+    live.write(f"failure pool: {len(failures)} failures in {len(attempts)} attempts")
     queue = []  # epoch after epoch, each in its own order
     while len(queue) < config.steps * config.batch_size:
         rng = random.Random(f"{config.seed} epoch {len(queue) // len(failures)}")
@@ -146,17 +151,14 @@ def sample_step(step: int, rollout: Rollout, config: Config, schedule):
     # In parts of sample_rows conversations: each failure has G reflections with R retries.
     cap = max(1, config.sample_rows // (config.group_size * config.retries_per_reflection))
     if schedule:
-        attempts = schedule[step * n : (step + 1) * n]
+        attempts = schedule[step * n :][:n]
         cache, rows = rollout.reread(attempts), range(n)
     else:  # fresh problems, twice as many
         problems = rollout.task.problems("train", 2 * n, f"{config.seed} step {step}")
         problems = rollout.fitting(problems)
         generator = seeded(rollout.model, config.seed, "attempt", step)
         if config.train_on == "attempt":
-            for part in chunks(problems[:n], cap):
-                first = len(episodes) // config.group_size
-                episodes += rrr.explore_attempts(part, first, rollout, config, generator)
-            return episodes, None
+            return rrr.explore_attempts(problems[:n], rollout, config, generator), None
         attempts, cache = rollout.attempt(problems, generator)
         rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
         first_try = 1 - len(rows) / len(attempts)
@@ -247,11 +249,9 @@ class MasterAdamW:
 def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     """A line of metrics.jsonl: each metric's definition is the comment on its line, here
     and, for those of an update, in rrr.backward and update (none without signal)."""
-    groups, reflections = rrr.by_group(episodes), [e.reflection for e in episodes]
+    groups, attempts = rrr.by_group(episodes), [e.attempt for e in episodes]
+    reflections = [e.reflection for e in episodes if e.reflection]
     retries = [turn for e in episodes for turn in e.retries]
-    attempts = [group[0].attempt for group in groups]
-    if config.train_on == "attempt":
-        attempts, reflections = [e.attempt for e in episodes], []
     reward = sum(e.reward for e in episodes) / max(1, len(episodes))
     second_try = None if first_try is None else first_try + (1 - first_try) * reward
     sampled = sum(len(turn.ids) for turn in reflections + retries or attempts)
@@ -278,8 +278,9 @@ def measure(step, config, episodes, batches, first_try, seconds) -> dict:
     }
 
 
-def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
-    """To the files, and a line to the terminal."""
+def log(run: Path, metrics: dict, episodes: list[Episode], config: Config, live: tqdm):
+    """To the files, and a line to the terminal, above the live one."""
+    live.set_description("saving")
     for name, value in metrics.items():
         if isinstance(value, float) and not math.isfinite(value):
             metrics[name] = None  # JSON has no infinity
@@ -287,23 +288,24 @@ def log(run: Path, metrics: dict, episodes: list[Episode], config: Config):
     step = metrics["step"]
     append(run / "episodes.jsonl", [{"step": step} | asdict(e) for e in episodes])
     seconds = sum(metrics["seconds"].values())
-    line = f"step {step}/{config.steps}: reward {metrics['reward']:.2f}, signal "
-    line += f"{metrics['groups_with_signal']}/{metrics['groups']}, "
+    reward = f"reward {metrics['reward']:.2f}, "
     if metrics["second_try"] is not None:
-        line += f"second try {metrics['second_try']:.2f}, "
+        reward += f"second try {metrics['second_try']:.2f}, "
+    live.set_postfix_str(f"{reward}{metrics['sampled_tokens_per_second']:,} tokens/s")
+    live.update()
+    line = f"step {step}/{config.steps}: {reward}signal "
+    line += f"{metrics['groups_with_signal']}/{metrics['groups']}, "
     length, distinct = metrics["reflection_tokens"], metrics["distinct_reflections"]
     line += f"reflections {length:.0f} tokens, {distinct:.0%} distinct, "
-    line += f"KL {metrics.get('kl') or 0:.3f}, "
-    line += f"{metrics['sampled_tokens_per_second']:,} tokens/s, {seconds:.1f} s, "
+    line += f"KL {metrics.get('kl') or 0:.3f}, {seconds:.1f} s, "
     line += f"{seconds * (config.steps - step) / 60:.1f} min to go"
     if metrics.get("skipped"):
         line += "; the gradient is not finite, no update: lower --lr"
-    with (run / "metrics.jsonl").open() as file:
-        at_first = json.loads(file.readline())["reflection_tokens"]
-    if length < at_first / 4 or 0 < distinct < 0.05 or metrics["truncated_reflection"] == 1:
-        line += "; reflections are dying out (short, one text, or all cut): lower --lr, "
-        line += "raise --kl_beta or --reflection_tokens"
-    print(line, flush=True)
+    at_first = read_rows(run / "metrics.jsonl")[0]["reflection_tokens"]
+    one_text = 0 < distinct <= max(0.05, 1 / len(episodes))
+    if length < at_first / 4 or one_text or metrics["truncated_reflection"] == 1:
+        line += "; reflections are dying out: lower --lr or raise --kl_beta"
+    live.write(line)
 
 
 # ---- checkpoints and files ----
@@ -413,6 +415,7 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
 
 def main(argv=None):
     with plain_errors("train.py"):
+        sys.stdout.reconfigure(line_buffering=True)  # a file shows each line at once, too
         config, given = parse(sys.argv[1:] if argv is None else argv, __doc__, "train.py")
         check(config.temperature > 0, "--temperature must be above 0: siblings differ.")
         one = config.train_on == "reflection" or config.retries_per_reflection == 1

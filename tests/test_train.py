@@ -2,6 +2,7 @@
 refusal."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, close
 from filelock import FileLock
+from tqdm import tqdm
 
 import eval as evaluation
 import rrr
@@ -455,7 +458,7 @@ def test_reflections_that_are_all_cut_are_not_named(capsys, tokens, named):
 )
 def test_reflections_that_shrink_or_become_one_text_are_named(words, named, capsys):
     """To a quarter of the first step's. Prevents: 20 steps of decay that nobody is told."""
-    texts = ["all the same"] * 30 if words == "one text" else map(str, range(30))
+    texts = ["all the same"] * 16 if words == "one text" else map(str, range(30))
     length = 20 if words == "one text" else len(words.split())
     turns = [Turn(list(range(length)), [], True, [], text) for text in texts]
     verdict = {"ok": False, "error": "", "detail": ""}
@@ -468,7 +471,7 @@ def test_reflections_that_shrink_or_become_one_text_are_named(words, named, caps
     first = {"reflection_tokens": 20, "step": 1}
     Path("r/metrics.jsonl").write_text(json.dumps(first) + "\n")
     metrics = train.measure(3, config, episodes, [], None, seconds)
-    train.log(Path("r"), metrics, episodes, config)
+    train.log(Path("r"), metrics, episodes, config, tqdm(disable=True))
     out = capsys.readouterr().out
     assert ("reflections are dying out" in out) == named
     assert f"reflections {length} tokens" in out and "0.2 min to go" in out
@@ -526,6 +529,32 @@ def test_metrics_are_strict_json(monkeypatch):
     text = Path("r/metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert row["kl"] is row["loss"] is row["gap_max"] is None and row["reward"] >= 0
+
+
+def test_the_live_line_tells_the_truth(monkeypatch):
+    """On a terminal. Prevents: an hour without a sign, a stage that is not at work."""
+    terminal, stages = io.StringIO(), []
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(train, "tqdm", partial(tqdm, file=terminal, mininterval=0))
+
+    def noted(name, function):
+        def call(*rest, **more):
+            line = terminal.getvalue().split("\r")[-1]
+            stages.append((name, re.sub(r" *:.*", "", line)))
+            return function(*rest, **more)
+
+        return call
+
+    for name in ("build_pool", "evaluate", "sample_step", "update", "append"):
+        monkeypatch.setattr(train, name, noted(name, getattr(train, name)))
+    train.main([*QUICK, "--failures", "pool", "--out", "r"])
+    assert ("build_pool", "failure pool") in stages and ("evaluate", "evaluating") in stages
+    assert ("sample_step", "sampling") in stages and ("update", "training") in stages
+    assert stages.count(("append", "saving")) == 6  # metrics and episodes of three steps
+    last = rows("r/metrics.jsonl")[-1]
+    assert f"reward {last['reward']:.2f}, " in terminal.getvalue()
+    assert f"{last['sampled_tokens_per_second']:,} tokens/s" in terminal.getvalue()
+    assert "2/3" in terminal.getvalue()
 
 
 def test_a_closed_pipe_ends_quietly_and_the_run_goes_on(whole):
