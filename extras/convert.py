@@ -7,6 +7,7 @@ Python's types for parameters. The Berkeley leaderboard has {id, question, funct
 a file of the same name in possible_answer/. Rows that ours cannot express are left out.
 """
 
+import ast
 import json
 import re
 import sys
@@ -23,13 +24,6 @@ JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boo
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
 JSON_TYPES |= {kind: kind for kind in JSON_TYPES.values()}
 JSON_TYPES |= {"none": "null", "null": "null", "nonetype": "null"}
-# What JSON writes for a type; an integer is a number, too.
-TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
-TYPES |= {"array": [list], "object": [dict], "null": [type(None)]}
-
-
-class Unusable(UserError):
-    """A row that is left out, and why."""
 
 
 def convert(data: str, rows: list[dict]) -> list[dict]:
@@ -42,11 +36,11 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
     problems, left_out = [], Counter()
     for number, row in enumerate(rows, 1):
         wants = f"{data}, row {number} is not in our form, xLAM's or Berkeley's"
-        try:
-            with explain(wants, Exception):
+        with explain(wants, Exception):
+            try:
                 problems.append(problem_of(row, truths))
-        except Unusable as reason:
-            left_out[str(reason)] += 1
+            except UserError as reason:
+                left_out[str(reason)] += 1
     if left_out:
         print(f"{data}: {left_out.total()} of {len(rows)} rows left out: {dict(left_out)}.")
     check(problems, f"{data} holds no usable problem.")
@@ -54,100 +48,79 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
 
 
 def problem_of(row: dict, truths: dict) -> dict:
-    """One row in our form. Raises Unusable, or what the row's damage raises."""
-    answers = []
+    """One row in our form. Raises UserError if it is to be left out, and else what the
+    row's damage raises."""
+    calls, answers = [], []
     if "query" in row:
         messages = [{"role": "user", "content": row["query"]}]
         functions = read_json(row["tools"])
         for call in read_json(row["answers"] or "[]"):
-            arguments = one_choice(call["arguments"])
-            answers.append({"name": call["name"], "arguments": arguments})
+            calls.append((call["name"], one_choice(call["arguments"])))
     else:
         (messages,) = row["question"]  # one turn
         functions = read_json(row["function"])
         for call in truths[str(row["id"])]:
-            ((name, arguments),) = call.items()
-            answers.append({"name": name, "arguments": dict(arguments)})
+            calls += call.items()
     tools = [tool_of(function) for function in functions]
     names = [tool["function"]["name"] for tool in tools]
-    if not answers or any(names.count(call["name"]) != 1 for call in answers):
-        raise Unusable("it wants no call, or not of one tool on offer")
-    for answer in answers:
-        tool = tools[names.index(answer["name"])]
-        clean(answer["arguments"], tool["function"]["parameters"])
+    on_offer = [names.count(name) == 1 for name, _ in calls]
+    check(calls and all(on_offer), "it wants no call, or not of one tool on offer")
+    for name, arguments in calls:
+        schema = tools[names.index(name)]["function"]["parameters"]
+        answers.append({"name": name, "arguments": obeying(arguments, schema)})
     request = " ".join(message["content"] for message in messages)
     key = " ".join(request.lower().split())
     problem = {"key": key, "messages": messages, "tools": tools, "answers": answers}
     calls = [call | {"arguments": first_choice(call["arguments"])} for call in answers]
-    if not judge(problem, calls).ok:
-        raise Unusable("its own answer does not pass")
+    check(judge(problem, calls).ok, "its own answer does not pass")
     return problem
 
 
 # ---- what a row wants, held against its tool's schema ----
-def clean(arguments: dict, schema: dict) -> None:
-    """Removes what the tool lacks and may be left out, and that a required one may be; what
-    remains is read in the types of the schema. Raises Unusable."""
-    required = schema.get("required", [])
-    if set(required) - arguments.keys():
-        raise Unusable("its answer lacks a required parameter")
-    for name, accepted in list(arguments.items()):
-        if name in schema["properties"]:
-            spec = schema["properties"][name]
-            arguments[name] = conforming(accepted, spec, name in required)
-        elif "" in accepted:
-            del arguments[name]
+def obeying(arguments: dict, schema: dict) -> dict:
+    """The accepted values of a call's parameters, or of an object's keys, as the schema
+    will have them; without what it lacks and may be left out. Raises UserError."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    check(arguments.keys() >= set(required), "its answer lacks a required parameter")
+    read = {}
+    for name, accepted in arguments.items():
+        if name in properties:
+            read[name] = conforming(accepted, properties[name], name in required)
         else:
-            raise Unusable("it wants a parameter that the tool lacks")
+            check("" in accepted, "it wants a parameter that the tool lacks")
+    return read
 
 
-def conforming(accepted, spec: dict, required: bool) -> list:
+def conforming(accepted: list, spec: dict, required: bool) -> list:
     """The accepted values that obey a schema; "" among others: it may be left out."""
-    values = [value for value in accepted if value not in ("", None)] or accepted
+    present = [value for value in accepted if value not in ("", None)]
     kept = []
-    for value in values:
+    for value in present:
         with suppress(ValueError):
-            kept.append(value if value == "" else conform(value, spec))
-    if values and not kept:
-        raise Unusable("its answer breaks its tool's schema")
-    if "" in accepted and "" not in kept and not required:
+            kept.append(conform(value, spec))
+    check(kept or not present, "its answer breaks its tool's schema")
+    if not present or ("" in accepted and not required):
         kept.append("")
     return kept
 
 
 def conform(value, spec: dict):
-    """A wanted value, read in the first type of its schema in which that is exact: "5" is
-    5. ValueError where it breaks the schema. An object's keys have lists of values."""
-    kinds = spec.get("type", [])
-    for kind in kinds if isinstance(kinds, list) else [kinds]:
-        with suppress(ValueError):
-            return in_type(value, kind, spec)
-    if kinds:
-        raise ValueError(f"{value!r:.60} is no {kinds}")
-    return value
-
-
-def in_type(value, kind: str, spec: dict):
-    if isinstance(value, str) and kind != "string":
-        value = json.loads(value.lower() if kind == "boolean" else value)
-    elif type(value) is int and kind == "string":
+    """A wanted value in a type of its schema, if that is exact: "5" is 5. ValueError where
+    it breaks the schema. An object's keys have lists of values."""
+    kinds = spec.get("type") or JSON_TYPES.values()
+    if isinstance(value, str) and "string" not in kinds:
+        value = json.loads(value.lower() if "boolean" in kinds else value)
+    elif type(value) is int and kinds == "string":
         value = str(value)
-    elif kind == "integer" and type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) not in TYPES.get(kind, [type(value)]):
-        raise ValueError("it is of another type")
+    found = JSON_TYPES[type(value).__name__.lower()]
+    if found not in kinds and not (found == "integer" and "number" in kinds):
+        raise ValueError(f"{value!r:.60} is no {kinds}")
     if "enum" in spec and not any(same(choice, value, spec) for choice in spec["enum"]):
-        raise ValueError("it is not in the enum")
+        raise ValueError(f"{value!r:.60} is not in the enum")
     if isinstance(value, list):
         return [conform(item, spec.get("items", {})) for item in value]
-    if isinstance(value, dict):
-        required, read = spec.get("required", []), {}
-        for key, accepted in value.items():
-            inner = spec.get("properties", {}).get(key, spec.get("additionalProperties"))
-            inner = inner if isinstance(inner, dict) else {}
-            accepted = accepted if isinstance(accepted, list) else [accepted]
-            read[key] = conforming(accepted, inner, key in required)
-        return read
+    if isinstance(value, dict) and "properties" in spec:
+        return obeying(value, spec)
     return value
 
 
@@ -169,40 +142,28 @@ def read_json(value):
 
 
 def tool_of(function: dict) -> dict:
-    """A tool as the model sees it. Its parameters may be xLAM's {name: schema}."""
+    """A tool as the model sees it. Its parameters may be xLAM's {name: schema}, optional
+    by a default, or by a type "int, optional" or "Optional[int]"."""
     function = function.get("function", function)
     schema = function.get("parameters") or {}
-    inner = schema.get("properties")
-    whole = isinstance(inner, dict) and all(isinstance(v, dict) for v in inner.values())
-    if not whole and not isinstance(schema.get("type"), str):
-        required = [name for name, spec in schema.items() if not is_optional(spec)]
+    if not isinstance(schema.get("type"), str):
+        required = []
+        for name, spec in schema.items():
+            told = re.search("optional|default|none", str(spec.get("type", "")).lower())
+            if not told and "default" not in spec and spec.get("required") is not False:
+                required.append(name)
         schema = {"type": "dict", "properties": schema, "required": required}
-    described = {"name": function["name"], "description": function.get("description", "")}
-    parameters = schema_of({"type": "dict", "properties": {}} | schema)
-    return {"type": "function", "function": described | {"parameters": parameters}}
-
-
-def is_optional(spec: dict) -> bool:
-    """xLAM's way to say so: a default, a type "int, optional" or "Optional[int]"."""
-    kind = str(spec.get("type")).lower()
-    told = "optional" in kind or "default" in kind or "none" in kind
-    return "default" in spec or told or spec.get("required") is False
+    return {"type": "function", "function": function | {"parameters": schema_of(schema)}}
 
 
 def schema_of(spec: dict) -> dict:
     """A JSON schema for one that may have Python's types, and a default as text."""
     schema = dict(spec)
-    kind = schema.pop("type", None)
-    for several in ("anyOf", "oneOf"):
-        if isinstance(schema.get(several), list):
-            kind = [option.get("type") for option in schema.pop(several)]
-    schema = type_of(kind) | schema
-    told = re.search(r",\s*default\s*[=:]\s*(.*)", kind) if isinstance(kind, str) else None
-    if told:  # "str, default='London'"
-        schema.setdefault("default", told[1].strip(" '\""))
+    kind = schema.pop("type", None) or "any"
+    schema = type_of(", ".join(kind) if isinstance(kind, list) else str(kind)) | schema
     if "default" in schema:
         with suppress(ValueError):
-            schema["default"] = conform(schema["default"], {"type": schema.get("type", [])})
+            schema["default"] = conform(schema["default"], {"type": schema.get("type")})
     if not isinstance(schema.get("required", []), list):
         del schema["required"]  # xLAM's kind may say true in a parameter
     if "items" in schema:
@@ -213,49 +174,35 @@ def schema_of(spec: dict) -> dict:
     return schema
 
 
-def type_of(kind) -> dict:
-    """A type of Python's or of JSON's, or a list of such, as a JSON schema. "any" is open.
+def type_of(text: str) -> dict:
+    """A schema for types of Python's or of JSON's. Open, where one is no type, like "any".
 
     "List[float], optional"      {"type": "array", "items": {"type": "number"}}
     "Optional[Union[int, str]]"  {"type": ["integer", "string"]}
     """
-    if isinstance(kind, list):
-        return either([type_of(one) for one in kind])
-    text = split(str(kind).lower())[0].removeprefix("typing.").strip()
-    word, _, inside = text.partition("[")
-    parts = split(inside.removesuffix("]"))
-    if inside and word in ("optional", "union"):
-        return either([type_of(part) for part in parts])
-    schema = {"type": JSON_TYPES[word]} if word in JSON_TYPES else {}
-    if inside and schema.get("type") == "array":
-        schema["items"] = either([type_of(part) for part in parts if part.strip() != "..."])
-    if inside and word == "dict":
-        schema["additionalProperties"] = type_of(parts[-1])
-    return schema
-
-
-def either(schemas: list[dict]) -> dict:
-    """One of several types; open if one of them is."""
-    merged, kinds = {}, []
-    for schema in schemas:
-        if "type" not in schema:
+    kinds, names, inner = split(text.lower()), [], {}
+    for kind in kinds:
+        word, _, inside = kind.removeprefix("typing.").removesuffix("]").partition("[")
+        if word in ("optional", "required", "union", "..."):
+            kinds += split(inside)  # this loop comes to them
+            continue
+        if word not in JSON_TYPES:
             return {}
-        merged |= schema
-        kinds += schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-    kinds = list(dict.fromkeys(kinds))
-    return merged | {"type": kinds[0] if len(kinds) == 1 else kinds}
+        names.append(JSON_TYPES[word])
+        if inside and names[-1] == "array":
+            inner["items"] = type_of(inside)
+        if inside and names[-1] == "object":
+            inner["additionalProperties"] = type_of(split(inside)[-1])
+    names = list(dict.fromkeys(names))
+    return {"type": names[0] if len(names) == 1 else names} | inner
 
 
 def split(text: str) -> list[str]:
-    """At the commas that stand in no bracket."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+    """At the commas that stand in no bracket: Python reads them as a call's arguments."""
+    with suppress(SyntaxError, ValueError):
+        call = ast.parse(f"call({text})", mode="eval").body
+        return [ast.unparse(argument) for argument in call.args]
+    return [text.partition(",")[0]]  # "int, default 5"
 
 
 if __name__ == "__main__":

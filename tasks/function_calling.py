@@ -158,7 +158,7 @@ def compare_arguments(wanted, given, schema):
     properties = schema.get("properties") or {}
     required = schema.get("required") or []
     in_both = wanted.keys() & given.keys()
-    for key in sorted(wanted | given, key=lambda key: key in in_both):
+    for key in sorted(wanted | given | dict.fromkeys(required), key=lambda k: k in in_both):
         spec, value = properties.get(key) or {}, given.get(key)
         # What nobody asked for may be given only as if it had been left out.
         accepted = wanted.get(key, [""] if key in properties else [])

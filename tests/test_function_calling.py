@@ -551,6 +551,12 @@ def test_a_default_may_be_said_or_left_out(task):
     assert error_of(task, problem, call(a=1)) == "wrong parameters"
 
 
+def test_what_is_required_counts_though_nobody_wanted_it(task):
+    """Prevents: a row whose own answer breaks its tool's schema, and teaches to."""
+    row = problem_of({"x": {"type": "string"}, "y": {"type": "string"}}, {"x": "a"}, ["y"])
+    assert error_of(task, row, call(x="a")) == "wrong parameters"
+
+
 def test_an_empty_string_is_a_value_where_the_parameter_is_required(task):
     """Prevents: the rule for optional parameters, where there is no choice."""
     problem = problem_of({"a": {"type": "string"}}, {"a": ""})
@@ -1252,7 +1258,6 @@ def test_types_inside_types_are_shown_and_judged(
     [
         ({"type": "int, optional", "default": "10"}, 10, "10"),
         ({"type": "bool", "default": "False"}, False, "False"),
-        ({"type": "str, default='London'"}, "London", "'London'"),
         ({"type": "List[int]", "default": "[1, 2]"}, [1, 2], "[1, 2]"),
         ({"type": "str", "default": "10"}, "10", 10),
     ],
@@ -1270,7 +1275,6 @@ def test_a_default_is_read_in_the_type_of_its_parameter(spec, default, as_text, 
     "spec, wanted, obeys",
     [
         ({"type": "int"}, "5", 5),
-        ({"type": "int"}, 5.0, 5),
         ({"type": "bool"}, "False", False),
         ({"type": "str"}, 5, "5"),
         ({"type": "List[int]"}, ["5"], [5]),
@@ -1309,7 +1313,6 @@ def test_a_berkeley_answer_that_breaks_its_schema(tmp_path):
 @pytest.mark.parametrize(
     "parameters, required",
     [
-        ({"properties": {"city": {"type": "string"}}}, None),
         ({"city": {"type": "string", "required": True}}, ["city"]),
         ({"city": {"type": "string", "required": False}}, []),
         ({"city": {"type": "string", "range": "A to F", "count": 1}}, ["city"]),

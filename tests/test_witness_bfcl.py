@@ -24,7 +24,8 @@ pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3
 
 from test_function_calling import BFCL, LEFT_OUT, SPLITS  # noqa: E402
 
-from extras.convert import Unusable, problem_of  # noqa: E402
+from extras.convert import problem_of  # noqa: E402
+from model import UserError  # noqa: E402
 from tasks import load_rows  # noqa: E402
 from tasks.function_calling import FunctionCalling  # noqa: E402
 
@@ -55,7 +56,7 @@ def rows():
         for row in load_rows(str(data)):
             try:
                 problem = problem_of(copy.deepcopy(row), copy.deepcopy(truths))
-            except Unusable:  # counted below
+            except UserError:  # counted below
                 continue
             variants = []  # of each call
             for wanted in problem["answers"]:
