@@ -9,7 +9,6 @@ What is shown stands here, how in report_page.html. Mask and weights are rrr.py'
 import argparse
 import heapq
 import json
-import math
 import os
 import platform
 import re
@@ -17,14 +16,14 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 
 import rrr
-from config import Config, defaults_for, plain_errors
+from config import Config, parse, plain_errors
 from model import Chat, check, explain, read_json, resolve
-from tasks import task_class
 
 ROOM = 1_800_000  # bytes of episodes in a page
 STEPS, SIGNAL = 16, 3  # steps of a page, and failures with signal of each
@@ -34,34 +33,43 @@ ENDS = 5  # steps at either end whose reflections are counted
 # ---- what a run is ----
 def read_run(run: Path, room: int = ROOM) -> dict:
     """All that the page shows of a run, or of a folder that eval.py wrote."""
-    config, chat, evaluation = open_run(run)
+    config, chat = open_run(run)
     metrics = list(read_rows(run / "metrics.jsonl"))
-    groups, ends = sample(run, metrics, config, room)
-    page = {"name": run.resolve().name, "model": model_name(config), "task": config.task}
+    steps = [row["step"] for row in metrics]
+    groups = sample(run, steps, config, room)
+    few = metrics[:: len(metrics) // 1000 + 1]
+    page = {"name": run.resolve().name, "evals": list(read_rows(run / "eval.jsonl"))}
+    page["evaluation"] = read_json(run / "eval.json", optional=True).get("report")
     page |= {"facts": facts(config, metrics), "options": options(config)}
-    page |= {"evals": list(read_rows(run / "eval.jsonl")), "evaluation": evaluation}
-    page["curves"] = [curve_row(row) for row in metrics[:: len(metrics) // 1000 + 1]]
-    page["ends"] = [count_reflections(*end, ends) for end in ends if end[1]]
+    page["curves"] = [row | row.get("seconds", {}) for row in few]  # TRL's have none
+    n = min(ENDS, len(steps) // 2)
+    ends = [steps[:n], steps[-n:]] if n else []
+    counts = [count_reflections(run, end) for end in ends]
+    page["ends"] = [count for count in counts if count["scores"]]
     return page | {"groups": groups, "vocabulary": vocabulary(groups, chat)}
 
 
-def open_run(run: Path):
-    """Its options, its chat, and what eval.py reported of it."""
+def open_run(run: Path) -> tuple[Config, Chat]:
     evaluated = read_json(run / "eval.json", optional=True)
     stored = read_json(run / "config.json", optional=True) or evaluated.get("config")
     check(stored, f"{run} has no config.json and no eval.json: it is not a run.")
     config = Config(**stored)
-    chat = Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
-    return config, chat, evaluated.get("report")
+    return config, Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
 
 
-def read_rows(path: Path, beginning: str | tuple = "{"):
-    """Those whose line begins so; no last one that is still being written."""
+def read_rows(path: Path, steps: set[int] | None = None):
+    """All, or those of some steps. No last one that is still being written."""
+    beginning = "{" if steps is None else tuple(f'{{"step": {step},' for step in steps)
     if path.exists():
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if line.startswith(beginning) and line.endswith("\n"):
-                    yield json.loads(line)
+                    yield json.loads(line, parse_float=four_digits)
+
+
+def four_digits(number: str) -> float:
+    """They make a small page."""
+    return float(f"{float(number):.4g}")
 
 
 def model_name(config: Config) -> str:
@@ -71,26 +79,23 @@ def model_name(config: Config) -> str:
     return (hub or parts[-1:] or ["."])[0]
 
 
-def facts(config: Config, metrics: list[dict]) -> list:
+def facts(config: Config, metrics: list[dict]) -> dict:
     """No file of a run tells its machine: what is told is where the page was written."""
-    minutes = sum(sum(row["seconds"].values()) for row in metrics) / 60
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    minutes = sum(sum(row.get("seconds", {}).values()) for row in metrics) / 60
     ran = f"{len(metrics)} of {config.steps}, {minutes:.1f} minutes on {config.device}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, {gpu}"
     machine += f"; Python {platform.python_version()}, torch {torch.__version__}"
     rows = {"model": model_name(config), "task": config.task, "seed": config.seed}
-    rows |= {"steps": f"{ran} in {config.dtype}", "page written on": machine}
-    return list(rows.items())
+    return rows | {"steps": f"{ran} in {config.dtype}", "page written on": machine}
 
 
 def options(config: Config) -> list:
     """(name, value, default) of those that differ from this model's and task's defaults."""
-    own, rows = asdict(config) | {"model": model_name(config)}, []
-    asked = Config(**{name: own[name] for name in ("model", "task", "data", "device")})
-    usual = asdict(asked) | defaults_for(asked) | {"data": ""}
-    for name in ("reflect", "retry"):
-        usual[name] = getattr(task_class(config.task), name)
-        own[name] = own[name] or usual[name]  # a run from before they were stored
+    own = asdict(config) | {"model": model_name(config)}
+    asked = [f"--{name}={own[name]}" for name in ("model", "task", "data", "device")]
+    usual = asdict(parse(asked, "", "train.py")[0]) | {"data": ""}
+    rows = []
     for name in sorted(own.keys() - {"device", "dtype", "seed", "out", "resume"}):
         if own[name] != usual[name]:
             value = str(own[name]).split("/")[-1]  # of a file, its name
@@ -98,141 +103,82 @@ def options(config: Config) -> list:
     return rows
 
 
-def curve_row(metrics: dict) -> dict:
-    numbers = metrics | metrics["seconds"]
-    return {name: brief(n) for name, n in numbers.items() if name != "seconds"}
-
-
-def brief(number: float | None) -> float | None:
-    """Few digits for a small page; JSON has no infinity."""
-    if isinstance(number, float):
-        return float(f"{number:.4g}") if math.isfinite(number) else None
-    return number
-
-
 # ---- episodes ----
-def sample(run: Path, metrics: list[dict], config: Config, room: int):
-    """Groups for the page: of steps spread evenly, the first with signal and the first
-    without. And the reflections of the first and last steps: [(steps, [(turn, reward)])].
-    One step is in memory at a time; the lines of others are not parsed."""
-    steps, path = [row["step"] for row in metrics], run / "episodes.jsonl"
+def sample(run: Path, steps: list[int], config: Config, room: int) -> list[list[dict]]:
+    """Groups for the page, as they are in the file: of steps spread evenly, three with
+    signal and one without. One step is in memory at a time."""
     spread = {steps[(len(steps) - 1) * i // (STEPS - 1)] for i in range(STEPS) if steps}
-    n = min(ENDS, len(steps) // 2)
-    ends = [(steps[:n], []), (steps[len(steps) - n :], [])]
-    read = tuple(f'{{"step": {step},' for step in spread.union(*(end[0] for end in ends)))
-    if not path.exists():  # only evaluated
-        path, spread, read = run / "eval_episodes.jsonl", {0}, "{"
+    rows = read_rows(run / "episodes.jsonl", spread)
+    if not steps:  # by eval.py: failures, each alone, since its ids of groups come again
+        failures = [e for e in read_rows(run / "eval_episodes.jsonl") if e["reflection"]]
+        rows = [e | {"step": i, "group": i} for i, e in enumerate(failures[:STEPS])]
     kept, left = [], 0
-    for step, rows in groupby(read_rows(path, read), lambda row: row.pop("step", 0)):
-        episodes = [to_episode(row) for row in rows]
-        for chosen, reflections in ends:
-            wrote = [(e.reflection or e.attempt, e.reward) for e in episodes]
-            reflections += wrote if step in chosen else []
-        if step in spread:
-            left += room // len(spread)
-            weights = weights_of(episodes, config) if steps else {}
-            for group in choose(episodes, bool(steps)):
-                own = weights if rrr.has_signal(group) else {}
-                packed = pack(step, group, own, config)
-                if (size := len(json.dumps(packed))) <= left:
-                    kept.append(packed)
-                    left -= size
-    return kept, ends
+    for _, own in groupby(rows, itemgetter("step")):
+        own = add_mask_and_weight(list(own), config)
+        groups = [list(group) for _, group in groupby(own, itemgetter("group"))]
+        groups.sort(key=lambda group: group[0]["weight"] == 0)  # first those with signal
+        left += room // STEPS
+        for group in groups[:SIGNAL] + groups[SIGNAL:][-1:]:
+            for row in group[1:]:
+                for name in ("problem", "attempt"):
+                    if row[name] == group[0][name]:
+                        del row[name]  # what siblings share is there once
+            if (size := len(json.dumps(group))) <= left:
+                kept.append(group)
+                left -= size
+    return kept
+
+
+def add_mask_and_weight(rows: list[dict], config: Config) -> list[dict]:
+    """mask: how many ids are not trained, how many then are, and so on. weight: what
+    rrr.make_batches gives to a trained one; 0 where a group has no signal."""
+    episodes = []
+    for i, row in enumerate(rows):
+        episode = to_episode(row)
+        _, mask, _ = rrr.ids_and_mask(episode, config.train_on)
+        row["mask"] = [len(list(same)) for _, same in groupby(mask)]
+        row["weight"] = 0.0
+        episodes.append(replace(episode, advantage=i))  # so a batch tells whose ids it has
+    for batch in rrr.make_batches(episodes, replace(config, device="cpu")):
+        owners, weights = batch.advantages[batch.mask], batch.weights[batch.mask]  # (M,)
+        for i, weight in zip(owners.tolist(), weights.tolist()):
+            rows[i]["weight"] = weight
+    return rows
 
 
 def to_episode(row: dict) -> rrr.Episode:
+    row = row | {"retries": [rrr.Turn(**turn) for turn in row["retries"]]}
     for name in ("attempt", "reflection"):
         row[name] = row[name] and rrr.Turn(**row[name])
-    row["retries"] = [rrr.Turn(**turn) for turn in row["retries"]]
+    row.pop("step", None)
     return rrr.Episode(**row)
 
 
-def choose(episodes: list, trained: bool) -> list:
-    if not trained:  # an evaluation: no siblings, and ids of groups that come again
-        failures = [[replace(e, group=i)] for i, e in enumerate(episodes) if e.reflection]
-        return failures[: STEPS * SIGNAL]
-    groups = rrr.by_group(episodes)
-    able = [group for group in groups if rrr.has_signal(group)]
-    return able[:SIGNAL] + [group for group in groups if not rrr.has_signal(group)][:1]
+def count_reflections(run: Path, steps: list[int]) -> dict:
+    """Of all reflections of these steps: distinct ones, also once numbers are masked, the
+    commonest, and each one's length and reward. They collapse where training goes wrong."""
+    texts, shapes, scores = Counter(), Counter(), []
+    for row in read_rows(run / "episodes.jsonl", set(steps)):
+        turn = row["reflection"] or row["attempt"]
+        texts[turn["text"]] += 1
+        shapes[re.sub(r"\d+", "#", turn["text"])] += 1
+        scores.append((len(turn["ids"]), row["reward"]))
+    shape = max(shapes, key=shapes.get, default="")
+    counts = {"shape": shape[:500], "most": shapes[shape]}
+    counts["steps"] = f"{steps[0]} to {steps[-1]}"
+    return counts | {"texts": len(texts), "shapes": len(shapes), "scores": scores}
 
 
-def weights_of(episodes: list, config: Config) -> dict:
-    """The weight that rrr.make_batches gives to a reflection's tokens, by their ids."""
-    weights = {}
-    for batch in rrr.make_batches(episodes, Config(**asdict(config) | {"device": "cpu"})):
-        for i, segments in enumerate(batch.segments):  # (T,)
-            for segment in range(1, segments.max() + 1):
-                own = batch.mask[i] & (segments == segment)  # (T,)
-                trained = tuple(batch.targets[i][own].tolist())
-                weights[trained] = batch.weights[i][own][0].item()
-    return weights
-
-
-def pack(step: int, group: list, weights: dict, config: Config) -> dict:
-    """A failure and its reflections; what siblings share is there once."""
-    first, episodes = group[0], []
-    shared = piece("attempt", first.attempt, first.attempt_verdict)
-    if config.train_on == "attempt":  # then each sibling has one of its own
-        shared = shared[:1]
-    for e in group:
-        turns = piece("attempt", e.attempt, e.attempt_verdict)[len(shared) :]
-        turns += piece("reflection", e.reflection) if e.reflection else []
-        for turn, verdict in zip(e.retries, e.retry_verdicts):
-            turns += piece("retry", turn, verdict)
-        ids, mask, _ = rrr.ids_and_mask(e, config.train_on)
-        weight = weights.get(tuple(i for i, m in zip(ids, mask) if m), 0.0)
-        scores = {"reward": brief(e.reward), "advantage": brief(e.advantage)}
-        trained = [] if e.advantage is None else spans(mask, brief(weight))
-        episodes.append({"turns": turns, "trained": trained} | scores)
-    place = {"step": step, "group": first.group, "key": first.problem["key"][:500]}
-    return place | {"turns": shared, "episodes": episodes}
-
-
-def piece(kind: str, turn: rrr.Turn, verdict: dict | None = None) -> list[dict]:
-    """What the model read, and what it wrote."""
-    before = "prompt" if kind == "attempt" else "instruction"
-    wrote = {"kind": kind, "ids": turn.ids, "logps": [brief(logp) for logp in turn.logps]}
-    wrote |= {"cut": not turn.stopped, "verdict": verdict}
-    return [{"kind": before, "ids": turn.prompt_ids}, wrote]
-
-
-def spans(mask: list[bool], weight: float) -> list:
-    """[start, end, weight] of the conversation's trained tokens."""
-    found, end = [], 0
-    for is_trained, same in groupby(mask):
-        start, end = end, end + len(list(same))
-        found += [[start, end, weight]] * is_trained
-    return found
-
-
-def vocabulary(groups: list[dict], chat: Chat) -> dict[int, str]:
+def vocabulary(groups: list[list[dict]], chat: Chat) -> dict[int, str]:
     """The text of each id, special ones included. Some tokenizers drop the space of a first
     token: so each stands behind another."""
     decode, anchor, ids = chat.tokenizer.decode, chat.encode("a")[-1:], set()
-    for group in groups:
-        for part in [group, *group["episodes"]]:
-            ids.update(*(turn["ids"] for turn in part["turns"]))
+    for row in sum(groups, []):
+        turns = [row.get("attempt"), row["reflection"], *row["retries"]]
+        for turn in filter(None, turns):
+            ids.update(turn["prompt_ids"], turn["ids"])
     start = len(decode(anchor, skip_special_tokens=False))
     return {i: decode([*anchor, i], skip_special_tokens=False)[start:] for i in sorted(ids)}
-
-
-# ---- what training chose ----
-def count_reflections(steps: list[int], reflections: list, ends: list) -> dict:
-    """How many are distinct, also once numbers are masked; length; reward by length."""
-    turns, rewards = zip(*reflections)
-    shapes = Counter(re.sub(r"\d+", "#", turn.text) for turn in turns)
-    lengths = sorted(len(turn.ids) for end in ends for turn, _ in end[1])
-    edges = sorted({lengths[len(lengths) * i // 5] for i in range(5)})  # fifths of both
-    by_length = []
-    for low, high in zip(edges, [*edges[1:], lengths[-1] + 1]):
-        some = [reward for turn, reward in reflections if low <= len(turn.ids) < high]
-        by_length.append([low, high - 1, len(some), brief(sum(some) / max(1, len(some)))])
-    n, (shape, most) = len(turns), shapes.most_common(1)[0]
-    counts = {"steps": f"{steps[0]} to {steps[-1]}", "n": n, "by_length": by_length}
-    counts["distinct"] = len({turn.text for turn in turns}) / n
-    counts |= {"shapes": len(shapes) / n, "shape": shape[:500], "most": most / n}
-    counts["length"] = brief(sum(len(turn.ids) for turn in turns) / n)
-    return counts | {"reward": brief(sum(rewards) / n)}
 
 
 # ---- the page, and the terminal ----
@@ -240,15 +186,13 @@ def write_page(runs: list[Path], out: Path | None = None) -> Path:
     """Whole, or not at all."""
     out = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     data = {"runs": [read_run(run, ROOM // len(runs)) for run in runs]}
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c")  # no text of a model ends the script element
+    # No browser's JSON knows NaN, and no text of a model may end the script element.
+    data = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     beside = out.with_name(out.name + ".writing")
-    try:
-        beside.write_text(page.replace("{{data}}", text), encoding="utf-8")
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+    beside.write_text(page.replace("{{data}}", text), encoding="utf-8")
+    os.replace(beside, out)
     return out
 
 
@@ -256,18 +200,18 @@ def show_text(run: Path, n: int):
     """Those with the highest advantages, trained tokens in colour or between brackets."""
     has_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     on, off = ("\033[1;36m", "\033[0m") if has_colour else ("[[", "]]")
-    config, chat, _ = open_run(run)
+    config, chat = open_run(run)
     rows = read_rows(run / "episodes.jsonl")
-    for row in heapq.nlargest(n, rows, key=lambda row: row["advantage"]):
-        place = f"Step {row.pop('step')}, failure {row['group']}"
+    for row in heapq.nlargest(n, rows, key=itemgetter("advantage")):
+        place = f"Step {row['step']}, failure {row['group']}"
         print(f"\n{place}: reward {row['reward']}, advantage {row['advantage']}")
-        e, trained_turns = to_episode(row), rrr.TRAINED_TURNS[config.train_on]
-        turns = [e.attempt, e.reflection, *e.retries] if e.reflection else [e.attempt]
-        for i, turn in enumerate(turns):
-            text = printable(chat, turn.ids)
-            text = f"{on}{text}{off}" if i in trained_turns else text
-            print(printable(chat, turn.prompt_ids) + text, end="")
-        print(f"\n({'; '.join(v['error'] or 'right' for v in e.retry_verdicts)})")
+        turns = [row["attempt"], row["reflection"], *row["retries"]]
+        for i, turn in enumerate(filter(None, turns)):
+            text = printable(chat, turn["ids"])
+            if i in rrr.TRAINED_TURNS[config.train_on]:
+                text = on + text + off
+            print(printable(chat, turn["prompt_ids"]) + text, end="")
+        print(f"\n({'; '.join(v['error'] or 'right' for v in row['retry_verdicts'])})")
 
 
 def printable(chat: Chat, ids: list[int]) -> str:

@@ -14,7 +14,7 @@ from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models
 
 import rrr
-from config import Config, defaults_for, parse
+from config import Config, parse
 from extras import report
 from model import resolve
 from rrr import Episode, Turn
@@ -62,8 +62,8 @@ def make_run(tmp_path, tiny_chat):
     def make(name="run", steps=6, groups=None, **options):
         run = tmp_path / name
         run.mkdir()
-        config = Config(model="tiny", device="cpu")
-        config.__dict__.update(defaults_for(config) | {"steps": steps} | options)
+        config, _ = parse(["--model=tiny", "--device=cpu"], "", "train.py")
+        config.__dict__.update({"steps": steps} | options)
         config.model = str(ROOT / "tiny")
         (run / "config.json").write_text(json.dumps(asdict(config)))
         metrics, episodes = [], []
@@ -100,6 +100,15 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def whole(group: list[dict]) -> list[dict]:
+    """Its rows, each with what the page holds once for all siblings, in the first."""
+    return [group[0] | row for row in group]
+
+
+def turns_of(row: dict) -> list[dict]:
+    return [t for t in (row["attempt"], row["reflection"], *row["retries"]) if t]
+
+
 def data_of(page: Path) -> dict:
     """What the page's script reads."""
     pattern = r'<script type="application/json" id="data">(.*?)</script>'
@@ -116,9 +125,9 @@ def test_no_text_of_a_model_ends_the_script(make_run):
     text = page.read_text()
     assert text.count("<") == template.count("<") and text.isascii() == template.isascii()
     (run,) = data_of(page)["runs"]
-    group = run["groups"][0]
-    assert group["key"] == HOSTILE and group["turns"][1]["verdict"]["detail"] == HOSTILE
-    wrote = group["episodes"][0]["turns"][1]["ids"]
+    first = run["groups"][0][0]
+    assert first["problem"]["key"] == first["attempt_verdict"]["detail"] == HOSTILE
+    wrote = first["reflection"]["ids"]
     assert IN_TOKENS in "".join(run["vocabulary"][str(i)] for i in wrote)
     assert not re.search(r"(inner|outer)HTML|insertAdj|document\.write|\beval\(", template)
     assert template.count("\n") <= 500  # whoever adds to it finds what can go
@@ -139,17 +148,15 @@ def test_the_numbers_are_those_of_the_files(make_run):
         rows.setdefault((row["step"], row["group"]), []).append(row)
     assert len(data["groups"]) == 6 * 3
     for group in data["groups"]:
-        source = rows[group["step"], group["group"]]
-        for e, row in zip(group["episodes"], source, strict=True):
+        source = rows[group[0]["step"], group[0]["group"]]
+        assert ["attempt" in e for e in group] == [True] + [False] * 3  # held once
+        for e, row in zip(whole(group), source, strict=True):
             assert e["advantage"] == pytest.approx(row["advantage"], **ACCURACY)
-            assert e["reward"] == row["reward"]
-            shown = group["turns"] + e["turns"]
-            read = [row["attempt"], row["reflection"], *row["retries"]]
-            assert [t["ids"] for t in shown[::2]] == [t["prompt_ids"] for t in read]
-            assert [t["ids"] for t in shown[1::2]] == [t["ids"] for t in read]
-            logps = [logp for t in shown[1::2] for logp in t["logps"]]
-            source_logps = [logp for t in read for logp in t["logps"]]
-            assert logps == pytest.approx(source_logps, **ACCURACY)
+            for name in ("problem", "reward", "attempt_verdict", "retry_verdicts"):
+                assert e[name] == row[name]
+            for shown, read in zip(turns_of(e), turns_of(row), strict=True):
+                assert shown["logps"] == pytest.approx(read["logps"], **ACCURACY)
+                assert shown | {"logps": None} == read | {"logps": None}
     assert data["evals"] == rows_of(run / "eval.jsonl")
 
 
@@ -167,14 +174,14 @@ def test_mask_and_weights_are_those_of_training(make_run, train_on, loss_norm):
         if e.group != 1:  # that one has no signal
             tokens, kept = tokens + sum(rrr.ids_and_mask(e, train_on)[1]), kept + 1
     for group in report.read_run(run)["groups"]:
-        own = [e for e in source if e.group == group["group"]]
-        for shown, e in zip(group["episodes"], own, strict=True):
+        own = [e for e in source if e.group == group[0]["group"]]
+        for shown, e in zip(group, own, strict=True):
             _, mask, _ = rrr.ids_and_mask(e, train_on)
             weight = 1 / rrr.denominator(mask, tokens, kept, config) * (e.group != 1)
-            found = [None] * len(mask)
-            for start, end, w in shown["trained"]:
-                found[start:end] = [w] * (end - start)
-                total += w * (end - start)
+            found = []
+            for i, n in enumerate(shown["mask"]):
+                found += n * [shown["weight"] if i % 2 else None]
+                total += n * shown["weight"] * (i % 2)
             assert [w is not None for w in found] == mask
             expected = [pytest.approx(weight, **ACCURACY) if m else None for m in mask]
             assert found == expected
@@ -184,13 +191,13 @@ def test_mask_and_weights_are_those_of_training(make_run, train_on, loss_norm):
 def test_whole_groups_of_steps_spread_evenly(make_run):
     """Prevents: a sample of the best, siblings without their failures, a lost last step."""
     data = report.read_run(make_run(steps=40))
-    steps = sorted({group["step"] for group in data["groups"]})
+    steps = sorted({group[0]["step"] for group in data["groups"]})
     assert len(steps) == report.STEPS and (steps[0], steps[-1]) == (1, 40)
     gaps = [b - a for a, b in zip(steps, steps[1:])]
     assert max(gaps) - min(gaps) <= 1
-    assert all(len(group["episodes"]) == 4 for group in data["groups"])
-    kinds = [group["group"] for group in data["groups"] if group["step"] == 40]
-    assert sorted(kinds) == [0, 1, 2]  # with signal, and the first without
+    assert all(len(group) == 4 for group in data["groups"])
+    kinds = [group[0]["group"] for group in data["groups"] if group[0]["step"] == 40]
+    assert sorted(kinds) == [0, 1, 2]  # with signal, and one without
 
 
 def test_each_sibling_shows_its_own_attempt(make_run, tiny_chat):
@@ -206,15 +213,11 @@ def test_each_sibling_shows_its_own_attempt(make_run, tiny_chat):
     run = make_run(groups=answers, train_on="attempt")
     data = report.read_run(run)
     for group in data["groups"]:
-        assert [t["kind"] for t in group["turns"]] == ["prompt"]
-        assert all(len(e["turns"]) == 1 for e in group["episodes"])
-        texts = {str(e["turns"][0]["ids"]) for e in group["episodes"]}
-        assert len(texts) == 4
-        for e in group["episodes"]:
-            [(start, end, _)] = e["trained"]
-            assert start == len(group["turns"][0]["ids"])
-            assert end - start == len(e["turns"][0]["ids"])
-    assert data["ends"][0]["distinct"] == 4 / 36
+        assert all(turns_of(e) == [e["attempt"]] for e in group)
+        assert len({str(e["attempt"]["ids"]) for e in group}) == 4
+        for e in group:
+            attempt = e["attempt"]
+            assert e["mask"] == [len(attempt["prompt_ids"]), len(attempt["ids"])]
     report.show_text(run, 1)
 
 
@@ -241,7 +244,7 @@ def test_a_page_of_1000_steps_has_3_megabytes_at_most(make_run, tmp_path):
     (run / "episodes.jsonl").write_text(rows)
     page = report.write_page([run])
     assert page.stat().st_size < 3e6
-    steps = {group["step"] for group in data_of(page)["runs"][0]["groups"]}
+    steps = {group[0]["step"] for group in data_of(page)["runs"][0]["groups"]}
     assert len(steps) >= 10 and 1000 in steps
     both = report.write_page([run, run], tmp_path / "both.html")
     assert both.stat().st_size < 3e6
@@ -261,26 +264,24 @@ def test_numbers_that_json_does_not_know(make_run):
         run / "metrics.jsonl", [row | {"kl": math.nan, "step": row["step"]} for row in rows]
     )
     (data,) = data_of(report.write_page([run]))["runs"]
-    assert data["groups"][0]["episodes"][0]["turns"][1]["logps"][0] is None
+    assert data["groups"][0][0]["reflection"]["logps"][0] is None
     assert data["curves"][0]["kl"] is None
+
+
+def same_form(chat, step, group, rewards):
+    return failure(chat, step, group, rewards, f"I got {step}, not {group}.")
 
 
 def test_reflections_are_counted(make_run):
     """Prevents: a collapse to one template that the page does not tell."""
-
-    def same(chat, step, group, rewards):
-        return failure(chat, step, group, rewards, f"I got {step}, not {group}.")
-
-    first, last = report.read_run(make_run(steps=12, groups=same))["ends"]
-    assert (first["steps"], last["steps"], first["n"]) == ("1 to 5", "8 to 12", 60)
-    assert first["distinct"] == 45 / 60  # three lengths for each of 15 failures
-    assert first["shapes"] == 3 / 60 and first["most"] == 30 / 60
+    first, last = report.read_run(make_run(steps=12, groups=same_form))["ends"]
+    assert (first["steps"], last["steps"]) == ("1 to 5", "8 to 12")
+    assert len(first["scores"]) == 60
+    assert first["texts"] == 45  # three lengths for each of 15 failures
+    assert first["shapes"] == 3 and first["most"] == 30
     assert first["shape"] == "I got #, not #. "
-    assert sum(row[2] for row in first["by_length"]) == 60
-    mean = sum(n * reward for _, _, n, reward in first["by_length"]) / 60
-    assert (
-        mean == pytest.approx(first["reward"], **ACCURACY) == pytest.approx(0.25, rel=1e-3)
-    )
+    mean = sum(reward for _, reward in first["scores"]) / 60
+    assert mean == pytest.approx(0.25, rel=1e-3)
 
 
 @pytest.mark.parametrize("task", ["countdown", "function_calling"])
@@ -322,8 +323,8 @@ def test_runs_that_are_not_whole(make_run, tmp_path, tiny_chat):
     (run / "eval.json").write_text(json.dumps(content))
     (run / "config.json").unlink()
     groups = report.read_run(run)["groups"]
-    assert [group["episodes"][0]["reward"] for group in groups] == [1.0, 0.0]
-    assert [group["group"] for group in groups] == [0, 1]
+    assert [[e["reward"] for e in group] for group in groups] == [[1.0], [0.0]]
+    assert [group[0]["group"] for group in groups] == [0, 1]
     with pytest.raises(SystemExit, match="it is not a run"):
         report.main([str(tmp_path)])
 
@@ -335,7 +336,8 @@ def test_a_token_keeps_its_space():
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     chat = SimpleNamespace(tokenizer=tokenizer, encode=lambda text: [2])
-    groups = [{"turns": [{"ids": [1, 2, 3, 4]}], "episodes": []}]
+    attempt = {"prompt_ids": [1, 2], "ids": [3, 4]}
+    groups = [[{"attempt": attempt, "reflection": None, "retries": []}]]
     assert report.vocabulary(groups, chat) == {1: "a", 2: " a", 3: " the", 4: "\ufffd"}
 
 
@@ -345,7 +347,6 @@ def test_a_page_that_fails_loses_no_run(make_run, capsys):
     (run / "report.html").mkdir()  # cannot be replaced
     report.at_the_end(run)
     assert "There is no page" in capsys.readouterr().out
-    assert not list(run.glob("*.writing"))
     (run / "metrics.jsonl").write_text("[1, 2]\n{]\n")
     report.at_the_end(run)
     assert "There is no page" in capsys.readouterr().out
@@ -451,6 +452,36 @@ def test_a_click_through_the_page(browser, make_run):
         assert "reflection 1 of 4" in seen(browser, "#episode h3")
     loaded = "return performance.getEntriesByType('resource').length"
     assert browser.run(loaded) == 0 and browser.complaints() == []
+
+
+def test_the_page_tells_how_reflections_were_counted(browser, make_run):
+    run = make_run(steps=12, groups=same_form)
+    browser.look()
+    browser.open(report.write_page([run]))
+    table = "return [...document.querySelectorAll('#choice tr')].map(row => "
+    table += "[...row.cells].map(cell => cell.textContent))"
+    (_, *steps), *rows = browser.run(table)
+    assert steps == ["steps 1 to 5", "steps 8 to 12"]
+    found = {name: first for name, first, _ in rows}
+    assert found["reflections"] == "60"
+    assert found["distinct"] == "75.0%"  # three lengths for each of 15 failures
+    assert found["distinct, numbers masked"] == "5.0%"
+    assert found["share of the commonest form"] == "50.0%"
+    assert seen(browser, "#choice .mono").strip() == "I got #, not #."
+    rewards = {}
+    for row in rows_of(run / "episodes.jsonl"):
+        if row["step"] <= 5:
+            rewards.setdefault(len(row["reflection"]["ids"]), []).append(row["reward"])
+    n = 0
+    for name, first in found.items():
+        if ranged := re.match(r"mean reward, (\d+) to (\d+) tokens", name):
+            low, high = map(int, ranged.groups())
+            own = sum([rewards.get(m, []) for m in range(low, high + 1)], [])
+            n += len(own)
+            if own:
+                assert first == f"{sum(own) / len(own):.4g} (n = {len(own)})"
+    assert n == 60
+    assert browser.complaints() == []
 
 
 def test_hostile_text_is_shown_and_not_obeyed(browser, make_run):
