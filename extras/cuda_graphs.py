@@ -41,8 +41,7 @@ def graphed_state(cache: KVCache, max_tokens: int) -> GraphedState:
     """The model's state, with this cache in it. It is made anew, and all graphs with it,
     only where the last one is too small; sizes are rounded up so that this is rare."""
     model = cache.model
-    capacity = min(round_up(cache.capacity, 256), model.context)
-    sizes = (len(cache.lengths), capacity, round_up(max_tokens, 64))
+    sizes = (len(cache.lengths), round_up(cache.capacity, 256), round_up(max_tokens, 64))
     state = getattr(model, "graphed_state", None)
     old = state.sizes if state else (0, 0, 0)
     sizes = tuple(map(max, sizes, old))
@@ -62,9 +61,8 @@ def copy_rows(source: KVCache, target: KVCache) -> None:
     target.grow(S)
     target.lengths[:B] = source.lengths[:B]
     target.hidden[:B] = source.hidden[:B]
-    for i in range(len(source.keys)):
-        target.keys[i][:B, :, :S] = source.keys[i][:B, :, :S]
-        target.values[i][:B, :, :S] = source.values[i][:B, :, :S]
+    for to, tensor in zip(target.keys + target.values, source.keys + source.values):
+        to[:B, :, :S] = tensor[:B, :, :S]
 
 
 def record(step, pool):

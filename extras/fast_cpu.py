@@ -31,11 +31,10 @@ class PackedLinear(nn.Linear):
 
 def can_pack(weight: torch.Tensor) -> bool:
     """oneDNN is there, the weight is on the CPU, and this CPU multiplies in its dtype."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+    known = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     if weight.dtype == torch.bfloat16:
-        return onednn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+        return known and onednn._is_mkldnn_bf16_supported()
+    return known and weight.dtype == torch.float32
 
 
 def pack(model: nn.Module) -> None:

@@ -2,8 +2,7 @@
 
     python -m extras.make_calls     after changing tools.json; the same bytes every time
 
-tools.json says what its keys mean. No problem for training offers, wants or mentions a tool
-or a value for testing.
+No problem for training offers, wants or mentions a tool or a value for testing.
 """
 
 import json
@@ -15,23 +14,21 @@ from pathlib import Path
 from extras import make_mini
 from extras.convert import one_choice
 
-ROOT = Path(__file__).resolve().parent.parent
+CATALOGUE = json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
+DOMAINS = list(CATALOGUE["domains"].values())
+TOOLS = sum(DOMAINS, [])
 ROWS = {"train": 3000, "test": 500}  # of each difficulty
 # Fewest and most calls, fewest and most tools on offer.
-LEVELS = {"easy": (1, 1, 2, 2), "normal": (1, 3, 2, 6), "hard": (2, 4, 4, 6)}
-FRAMES = ("{}.", "Please {}.", "Could you {}?", "Can you {}?", "I need you to {}.")
+LEVELS = {"easy": ((1, 1), (2, 2)), "normal": ((1, 3), (2, 6)), "hard": ((2, 4), (4, 6))}
 HIDDEN = {"values", "range", "say", "words", "show", "count"}
 
 
 def jsonl() -> str:
     """The file's text: all tools by name, then a problem a line, its tools as names."""
-    catalogue = json.loads((ROOT / "extras" / "tools.json").read_text(encoding="utf-8"))
-    domains = catalogue["domains"]
-    tools = sum(domains.values(), [])
-    all_tools = [*tools, *make_mini.TOOLS.values()]
-    lines = [json.dumps({tool["name"]: as_offered(tool) for tool in all_tools})]
+    tools = [*TOOLS, *make_mini.TOOLS.values()]
+    lines = [json.dumps({tool["name"]: as_offered(tool) for tool in tools})]
     for split, rows in ROWS.items():
-        pools = pools_of(catalogue, split)
+        pools = pools_of(split)
         for difficulty in [*LEVELS, "mini"]:
             rng = random.Random(f"{split} {difficulty}")
             problems = {}
@@ -39,8 +36,7 @@ def jsonl() -> str:
                 if difficulty == "mini":
                     problem, _, _ = make_mini.make_problem(rng, split)
                 else:
-                    level = LEVELS[difficulty]
-                    problem = make_problem(rng, domains, pools, split, level)
+                    problem = make_problem(rng, split, pools, *LEVELS[difficulty])
                 problem |= {"difficulty": difficulty, "split": split}
                 calls = sorted(map(json.dumps, problem["answers"]))
                 problems.setdefault(str(calls), problem)
@@ -48,34 +44,31 @@ def jsonl() -> str:
     return "\n".join(lines) + "\n"
 
 
-def pools_of(catalogue, split) -> dict[str, list]:
+def pools_of(split) -> dict[str, list]:
     """The values of each pool for this split. Every fifth day and time is for testing."""
-    days = [str(date(2024, 1, 1) + timedelta(i)) for i in range(1461)]
-    times = [f"{minute // 60:02}:{minute % 60:02}" for minute in range(360, 1380, 5)]
-    pools = {name: values[split] for name, values in catalogue["pools"].items()}
-    for name, values in {"past": days[:731], "date": days[731:], "time": times}.items():
-        test = values[4::5]
-        pools[name] = test if split == "test" else [v for v in values if v not in test]
+    pools = {name: values[split] for name, values in CATALOGUE["pools"].items()}
+    kept = [i for i in range(731) if (i % 5 == 4) == (split == "test")]
+    pools["past"] = [str(date(2024, 1, 1) + timedelta(i)) for i in kept]  # two years
+    pools["date"] = [str(date(2026, 1, 1) + timedelta(i)) for i in kept if i < 730]
+    pools["time"] = [make_mini.clock(360 + 5 * i) for i in kept if i < 204]
     return pools
 
 
-def make_problem(rng, domains, pools, split, level) -> dict:
+def make_problem(rng, split, pools, call_counts, tool_counts) -> dict:
     """Some calls, the words that ask for them, and other tools beside the wanted ones."""
-    min_calls, max_calls, min_tools, max_tools = level
-    tools = sum(domains.values(), [])
-    own = [tool for tool in tools if tool.get("split", "train") == split]
-    domain = rng.choice(list(domains.values()))
+    own = [tool for tool in TOOLS if tool.get("split", "train") == split]
+    allowed = TOOLS if split == "test" else own
+    domain = rng.choice(DOMAINS)
     first = rng.choice([tool for tool in domain if tool in own])
-    allowed = tools if split == "test" else own
     near = [tool for tool in allowed if tool in domain and tool is not first]
     far = [tool for tool in allowed if tool not in domain]
-    count = rng.randint(min_tools, max_tools) - 1
+    count = rng.randint(*tool_counts) - 1
     near_count = rng.randint(0, min(count, len(near)))
     offered = [first, *rng.sample(near, near_count), *rng.sample(far, count - near_count)]
     rng.shuffle(offered)
     wanted = [tool for tool in offered if tool in own]
     calls, request = [], ""
-    for tool in rng.choices(wanted, k=rng.randint(min_calls, max_calls)):
+    for tool in rng.choices(wanted, k=rng.randint(*call_counts)):
         call, sentence = ask(rng, tool, pools)
         while call in calls:  # the same tool twice is welcome, with other values
             call, sentence = ask(rng, tool, pools)
@@ -92,28 +85,31 @@ def make_problem(rng, domains, pools, split, level) -> dict:
 def ask(rng, tool, pools):
     """A call in the one form, and a sentence that determines it."""
     phrasing = rng.choice(tool["phrasings"])
-    frame = "{}?" if phrasing.endswith("?") else rng.choice(FRAMES)
-    sentence, used = phrasing.rstrip("?"), set()
-    arguments, words = {}, {}
+    frame = "{}?" if phrasing.endswith("?") else rng.choice(CATALOGUE["frames"])
+    sentence = phrasing.rstrip("?")
+    arguments, words, used = {}, {}, set()
     for name, spec in tool["parameters"].items():
         if "say" in spec:
             if rng.random() < 0.5:
                 continue
             sentence += rng.choice(spec["say"])
-        arguments[name], words[name] = draw(rng, spec, pools, used)
+        arguments[name] = draw(rng, spec, pools, used)
+        words[name] = in_words(spec, arguments[name])
     call = {"name": tool["name"], "arguments": one_choice(arguments)}
     return call, frame.format(sentence.format(**words))
 
 
 def draw(rng, spec, pools, used):
-    """A value that is not the default nor among `used` strings, and how one writes it."""
-    if spec["type"] == "object":
-        value, words = {}, {}
-        for name, inner in spec["properties"].items():
-            value[name], words[name] = draw(rng, inner, pools, used)
-        return value, spec["show"].format(**words) if "show" in spec else words
-    if spec["type"] == "array":
-        return draw_list(rng, spec, pools, used)
+    """A value that is not the default nor among `used` strings."""
+    if "properties" in spec:
+        inner = spec["properties"].items()
+        return {name: draw(rng, schema, pools, used) for name, schema in inner}
+    if "items" in spec:
+        # Sorted, as no order is meant: copied from the request or sorted, it is right.
+        items, count = spec["items"], rng.randint(*spec["count"])
+        drawn = [draw(rng, items, pools, used) for _ in range(count)]
+        order = items["enum"].index if "enum" in items else None
+        return sorted(drawn, key=str if "properties" in items else order)
     if "range" in spec:
         low, high, step = spec["range"]
         value = round(low + step * rng.randint(0, round((high - low) / step)), 4)
@@ -125,21 +121,19 @@ def draw(rng, spec, pools, used):
         return draw(rng, spec, pools, used)
     if isinstance(value, str):
         used.add(value)
-    return value, spec["words"][json.dumps(value)] if "words" in spec else str(value)
+    return value
 
 
-def draw_list(rng, spec, pools, used):
-    """Sorted, as no order is meant: copied from the request or sorted, it is right."""
-    items, count = spec["items"], rng.randint(*spec["count"])
-    drawn = [draw(rng, items, pools, used) for _ in range(count)]
-    if "enum" in items:  # weekdays, in their order
-        drawn.sort(key=lambda pair: items["enum"].index(pair[0]))
-    else:
-        is_object = items["type"] == "object"  # sorted by its first value
-        drawn.sort(key=lambda pair: str(pair[0]) if is_object else pair[0])
-    *words, last = [words for _, words in drawn]
-    text = f"{', '.join(words)} and {last}" if words else last
-    return [value for value, _ in drawn], text
+def in_words(spec, value):
+    """How one writes a value. An object without `show` stays one: {address[city]}."""
+    if "words" in spec:
+        return spec["words"][json.dumps(value)]
+    if "show" in spec:
+        return spec["show"].format(**value)
+    if "items" in spec:
+        *words, last = [str(in_words(spec["items"], item)) for item in value]
+        return f"{', '.join(words)} and {last}" if words else last
+    return value
 
 
 def as_offered(tool):
@@ -159,4 +153,4 @@ def without_hidden(spec):
 
 if __name__ == "__main__":
     packed = lzma.compress(jsonl().encode(), preset=9)
-    (ROOT / "tasks" / "calls.jsonl.xz").write_bytes(packed)
+    Path("tasks/calls.jsonl.xz").write_bytes(packed)

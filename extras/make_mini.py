@@ -30,16 +30,16 @@ def make_problem(rng, split) -> tuple[dict, dict, dict]:
             a, b, sign, c = pick(rng, split, *SUMS)
             said[kind] = in_words(tool["numbers"], sign, a=a, b=b, c=c)
             work[key], near[key] = number(a, b, sign, c)
-            arguments[key] = int(work[key].split("=")[-1])
         elif kind == "time":
             t, sign, m = pick(rng, split, *TIMES)
             said[kind] = in_words(time_words, sign, m=m, t=clock(t))
             work[key], near[key] = time(t, sign, m)
-            arguments[key] = work[key].split("=")[-1][-5:]
         else:
             first, last = pick(rng, split, *WORDS["names"][kind])
-            said[kind] = work[key] = arguments[key] = f"{first} {last}"
+            said[kind] = work[key] = f"{first} {last}"
             near[key] = [f"{other} {last}" for other in WORDS["names"][kind][0]]
+        value = work[key].split("=")[-1]
+        arguments[key] = int(value) if kind == "number" else value
     request = frame.format(phrasing).format(**said)
     problem = {
         "key": request.lower(),
@@ -64,24 +64,23 @@ def in_words(both, sign, **parts):
 
 def number(a, b, sign, c):
     """How it is worked out, and what one gets by mistakes."""
-    more, fewer = a * b + c, a * b - c
-    value, other = (more, fewer) if sign == "+" else (fewer, more)
+    change = c if sign == "+" else -c
+    value, other = a * b + change, a * b - change
     return f"{a}*{b}={a * b}{sign}{c}={value}", [a * b, other, value + 10, value - 1]
 
 
 def time(t, sign, m):
     """The same of a time. 13:35-45 is worked out as 12:95-45, and 13:35+45 as 13:80."""
-    later, earlier = clock(t + m), clock(t - m)
+    change = m if sign == "+" else -m
     hour, minute = divmod(t, 60)
-    if sign == "+":
-        value, other, work = later, earlier, f"{clock(t)}+{m:02}={hour:02}:{minute + m:02}"
-        work += f"={value}" if minute + m >= 60 else ""
-    else:
-        value, other, work = earlier, later, clock(t)
-        work += f"={hour - 1:02}:{minute + 60}" if minute < m else ""
-        work += f"-{m:02}={value}"
-    hour_late = clock(t + 60 + (m if sign == "+" else -m))
-    return work, [clock(t), other, hour_late]
+    work = clock(t)
+    if minute + change < 0:
+        work += f"={hour - 1:02}:{minute + 60}"
+    work += f"{sign}{m:02}"
+    if minute + change >= 60:
+        work += f"={hour:02}:{minute + m}"
+    near = [clock(t), clock(t - change), clock(t + change + 60)]
+    return f"{work}={clock(t + change)}", near
 
 
 def clock(minutes):

@@ -2,8 +2,7 @@
 
     python -m extras.trace [--seed 1] [any option of train.py]
 
-Here are no batches and no shared prefix: each sibling is one plain pass. A test holds every
-figure against rrr.py.
+No batches, no shared prefix: each sibling is one plain pass. A test compares with rrr.py.
 """
 
 import sys
@@ -19,10 +18,9 @@ def find_group(rollout, config) -> list[rrr.Episode]:
     """The reflections on the first failure whose retries did not all end alike."""
     problems = rollout.task.problems("train", 32, config.seed)
     generator = seeded(rollout.model, config.seed, "trace")
-    attempts, cache = rollout.attempt(problems, generator)
-    rows = [row for row, e in enumerate(attempts) if not e.attempt_verdict["ok"]]
-    failures, cache = [attempts[row] for row in rows], cache.select(rows)
-    episodes = rrr.explore(failures, cache, rollout, config, generator)
+    attempts, _ = rollout.attempt(problems, generator)
+    failures = [e for e in attempts if not e.attempt_verdict["ok"]]
+    episodes = rrr.explore(failures, rollout.reread(failures), rollout, config, generator)
     able = [group for group in rrr.by_group(episodes) if rrr.has_signal(group)]
     check(able, "no failure has reflections of different rewards: try another --seed.")
     return able[0]
@@ -59,9 +57,6 @@ def trace(model, group, temperature) -> dict:
 
 
 def show(figures, group, chat):
-    def text(i):
-        return repr(chat.tokenizer.decode([i], skip_special_tokens=False))
-
     best = max(range(len(group)), key=lambda k: group[k].reward)
     print(f"\nproblem     {group[0].problem['key']}\nattempt     {group[0].attempt.text}")
     print(f"\nmean reward {figures['mean']:.3f}, deviation {figures['deviation']:.3f}")
@@ -71,18 +66,18 @@ def show(figures, group, chat):
     print(f"\nids and mask of reflection {best + 1}: {len(ids)} ids, {sum(mask)} trained")
     start = mask.index(True)
     print("position, id, mask, logp; how descent moves its logit, and all others together")
-    for t in range(start - 3, start + 5):
+    for t in range(start - 3, min(start + 5, len(ids))):
+        text = chat.tokenizer.decode([ids[t]], skip_special_tokens=False)
         own, total = grads[t - 1, ids[t]].item(), grads[t - 1].sum().item()
         logp = f"{figures['logps'][best][t - start]:.4f}" if mask[t] else "-"
         push = f"{-own:+.5f} {own - total:+.5f}"
-        print(f"{t:5} {ids[t]:5} {text(ids[t]):24} {mask[t]:d} {logp:>9}  {push}")
+        print(f"{t:5} {ids[t]:5} {text!r:24} {mask[t]:d} {logp:>9}  {push}")
     print(f"\nweight of a trained token: {figures['weight']:.6f}, one over their number")
     print(f"loss {figures['loss']:+.6f}: minus the weighted sum of advantages")
 
 
-def main(argv=None):
+def main(argv):
     with plain_errors("extras.trace"):
-        argv = sys.argv[1:] if argv is None else argv
         argv = ["--device", "cpu", "--group_size", "4", *argv]
         config, _ = parse(argv, __doc__, "-m extras.trace")
         model, chat, task = open_model(config)
@@ -91,4 +86,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

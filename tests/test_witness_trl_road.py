@@ -67,7 +67,7 @@ def test_two_steps_train_the_reflections_alone(pool, tmp_path, monkeypatch):
     trainer._generate_and_score_completions = keep_batch
     trainer.train()
 
-    failures, rollout = trainer.rollout_func.failures, trainer.rollout_func.rollout
+    failures, rollout = trainer.rollout_func.args
     chat, task = rollout.chat, rollout.task
     rewards, reflections, retries = [], [], []
     assert len(trained) == 2 and len(asked) == 4
@@ -101,8 +101,7 @@ def test_two_steps_train_the_reflections_alone(pool, tmp_path, monkeypatch):
         assert 0 < sum(cut) < len(cut)
         assert all(len(ids) == cap for ids, is_cut in zip(turns, cut) if is_cut)
         assert max(map(len, turns)) == cap
-    rows = train.read_rows(tmp_path / "run" / "metrics.jsonl")
-    logged = sum(row["reward"] for row in rows) / 2
+    logged = sum(row["reward"] for row in trainer.state.log_history[:-1]) / 2
     assert logged == pytest.approx(sum(rewards) / len(rewards))
 
 
@@ -110,15 +109,15 @@ DRIVER = """
 import json, os, sys
 from extras import train_trl
 
-rollout = train_trl.Reflections.__call__
+explore = train_trl.explore
 
-def keep(self, prompts, trainer):
-    rows = rollout(self, prompts, trainer)
+def keep(failures, rollout, prompts, trainer):
+    rows = explore(failures, rollout, prompts, trainer)
     with open(sys.argv[1] + os.environ["RANK"], "a") as file:
         file.write(json.dumps(rows | {"prompts": prompts}) + "\\n")
     return rows
 
-train_trl.Reflections.__call__ = keep
+train_trl.explore = keep
 train_trl.main(sys.argv[2:])
 """
 
@@ -175,8 +174,19 @@ def test_two_processes_are_one(pool, tmp_path):
     assert torch.equal(model.state_dict()["model.norm.weight"], two["model.norm.weight"])
     config, _ = parse(["--model", str(run)], "", "eval.py")
     assert (config.reflection_tokens, config.difficulty) == (60, "3x12")
+    assert (config.steps, config.lr) == (2, 0.1)  # as TRL was told, not as the pool's run
+    rewards = [row["reward"] for row in train.read_rows(run / "metrics.jsonl")]
+    sampled = [sum(step["retry_reward"]) / 12 for step in steps]
+    assert rewards == pytest.approx(sampled)
     evaluation.main(["--model", str(run), "--eval_n", "4"])
     assert (run / "eval.json").exists()
+
+
+def test_a_step_has_as_many_failures_whatever_the_siblings(pool, tmp_path):
+    """Prevents: --num_generations that changes how many failures a step has."""
+    words = command(pool, tmp_path / "run", 6, "--num_generations", "2")
+    _, config, settings = train_trl.options(words)
+    assert (settings.generation_batch_size, config.group_size) == (3 * 2, 2)
 
 
 def test_what_is_wrong_is_said_in_a_sentence(pool, tmp_path):
