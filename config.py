@@ -92,12 +92,12 @@ def defaults_for(config: Config) -> dict:
         names = stored.keys() - {"model", "device", "seed", "out", "pool", "resume"}
         kept = [field for field in fields(Config) if field.name in names]
         return {field.name: convert(field, str(stored[field.name])) for field in kept}
-    if config.model in ("tiny", "tiny-calls"):
+    if config.model == "tiny":
         changed = {"attempt_tokens": 48, "reflection_tokens": 160, "retry_tokens": 48}
         changed |= {"sample_rows": 512, "micro_batch_tokens": 4096, "dtype": "float32"}
         own = {"countdown": "3x12", "function_calling": "mini"}
         changed["difficulty"] = "" if config.data else own.get(config.task, "")
-        return changed | {"steps": 45, "lr": 3e-4, "eval_every": 9}
+        return changed | {"steps": 36, "lr": 3e-4, "eval_every": 9}
     if config.device == "cuda":  # results/gpu.md says why
         changed = {"checkpointing": True, "micro_batch_tokens": 8192}
         return changed | {"steps": 600, "lr": 1e-6, "pool_problems": 8000, "eval_every": 50}
@@ -127,8 +127,6 @@ def parse(argv: list[str], description: str, program: str) -> tuple[Config, set[
         nearest = difflib.get_close_matches(rest[0], options, 1) or ["--help"]
         raise UserError(f"there is no option {rest[0]}; did you mean {nearest[0]}?")
     config = Config(**vars(given))
-    if config.model == "tiny" and config.task == "function_calling" and not config.data:
-        config.model = "tiny-calls"
     if config.device == "auto":  # a run's config.json tells what was used
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":

@@ -343,8 +343,8 @@ TEXT_FILES += "tokenizer.model special_tokens_map.json generation_config.json".s
 
 def resolve(name: str) -> Path:
     """The folder of a model: `tiny`, a short name, a folder, a run's last step, hub id."""
-    if name in ("tiny", "tiny-calls"):
-        return Path(__file__).resolve().parent / name
+    if name == "tiny":
+        return Path(__file__).resolve().parent / "tiny"
     path, repo = Path(name).expanduser(), NAMES.get(name.lower())
     if path.is_dir() and not repo:
         return max(path.glob("step-" + 6 * "[0-9]"), default=path)
@@ -377,8 +377,6 @@ class Chat:
     """A model's tokenizer and chat template. stop_ids: every id that ends a turn. thinks:
     the template opens <think> itself. native_tools: it prints the tools that it is given,
     and calls as JSON (tried with one named MARKED). No sampled turn is encoded again."""
-
-    native_tools = False
 
     def __init__(self, folder: Path):
         paths = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
@@ -417,6 +415,7 @@ class Chat:
         marked = {"name": "MARKED", "description": "", "parameters": {}}
         call = {"id": "123456789", "function": {"name": "MARKED", "arguments": {}}}
         turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        self.native_tools = False
         with suppress(UserError):  # a template may refuse all tools
             shown = self.render(user, [{"type": "function", "function": marked}])
             # Calls must be JSON, as verifiers read: else tools are told in our own words.
