@@ -85,7 +85,8 @@ class Nothing:
 @pytest.mark.parametrize("line", ["{}", "[]", "null", '{"problem": {}, "attempt": {}}'])
 def test_a_damaged_pool_is_a_traceback(run, line):
     (run / "pool.jsonl").write_text(line + "\n")
-    assert "pool.jsonl is damaged" in refused(failure_pool, run, Nothing(), Config())
+    parts = run, Nothing(), Config(), None
+    assert "pool.jsonl is damaged" in refused(failure_pool, *parts)
 
 
 def test_a_moment_of_another_shape_ends_the_process():
