@@ -32,7 +32,7 @@ SGD = (
 def pool(tmp_path_factory):
     run = tmp_path_factory.mktemp("road") / "pool"
     words = "--steps 0 --pool_problems 60 --batch_size 3 --group_size 4 --warmup_ratio 0 "
-    words += "--reflection_tokens 60 --retry_tokens 24"
+    words += "--reflection_tokens 20 --retry_tokens 24"
     train.main([*words.split(), "--out", str(run)])
     return run / "pool.jsonl"
 
@@ -96,7 +96,7 @@ def test_two_steps_train_the_reflections_alone(pool, tmp_path, monkeypatch):
         reflections += reflected
         retries += retried
     assert 0 < sum(rewards) < len(rewards)
-    for turns, cap in ((reflections, 60), (retries, 24)):
+    for turns, cap in ((reflections, 20), (retries, 24)):
         cut = [ids[-1] not in chat.stop_ids for ids in turns]
         assert 0 < sum(cut) < len(cut)
         assert all(len(ids) == cap for ids, is_cut in zip(turns, cut) if is_cut)
@@ -173,7 +173,7 @@ def test_two_processes_are_one(pool, tmp_path):
     model, chat = load(str(run))
     assert torch.equal(model.state_dict()["model.norm.weight"], two["model.norm.weight"])
     config, _ = parse(["--model", str(run)], "", "eval.py")
-    assert (config.reflection_tokens, config.difficulty) == (60, "3x12")
+    assert (config.reflection_tokens, config.difficulty) == (20, "3x12")
     assert (config.steps, config.lr) == (2, 0.1)  # as TRL was told, not as the pool's run
     rewards = [row["reward"] for row in train.read_rows(run / "metrics.jsonl")]
     sampled = [sum(step["retry_reward"]) / 12 for step in steps]
