@@ -11,7 +11,8 @@ from conftest import ROOT
 
 HERE = Path(__file__).with_name("exercises")
 PATCHES = sorted(path.stem for path in HERE.glob("*.patch"))
-RUN = "--steps 3 --batch_size 6 --pool_problems 30 --eval_n 2 --eval_every 0 --lr 1e-3"
+RUN = "--steps 3 --batch_size 6 --pool_problems 30 --eval_n 2 --eval_every 0 --lr 1e-3 "
+RUN += "--reflection_tokens 64"
 pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="git applies the patches")
 
 
