@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -88,10 +89,16 @@ def check_countdown(text: str):
         assert value_of(tokens) == TARGET, text
 
 
-def check_function_calling(text: str):
-    from tasks.function_calling import FunctionCalling
+@cache
+def function_calling():
+    """Opened once, though thousands of texts are judged: it unpacks 14,000 problems."""
+    from tasks.function_calling import FunctionCalling  # not before atheris is there
 
-    task = FunctionCalling()
+    return FunctionCalling()
+
+
+def check_function_calling(text: str):
+    task = function_calling()
     verdict = judge(task, PROBLEM, text)
     if verdict.ok:
         assert "trip" in text or "\\u" in text, text
@@ -124,9 +131,6 @@ def fuzz(name: str, arguments: list[str]):
         import tasks.countdown
         import tasks.function_calling  # noqa: F401
 
-    # Each task is opened once: a run judges thousands of texts by one.
-    opened = tasks.function_calling.FunctionCalling()
-    tasks.function_calling.FunctionCalling = lambda: opened
     folder = next((Path(a) for a in arguments if not a.startswith("-")), None)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
