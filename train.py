@@ -415,7 +415,6 @@ def open_run(config: Config, given: set[str]) -> tuple[Path, Config]:
 
 def main(argv=None):
     with plain_errors("train.py"):
-        sys.stdout.reconfigure(line_buffering=True)  # a file shows each line at once, too
         config, given = parse(sys.argv[1:] if argv is None else argv, __doc__, "train.py")
         check(config.temperature > 0, "--temperature must be above 0: siblings differ.")
         one = config.train_on == "reflection" or config.retries_per_reflection == 1
@@ -438,4 +437,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a file shows each line at once, too
     main()
