@@ -7,7 +7,6 @@ Python's types for parameters. The Berkeley leaderboard has {id, question, funct
 a file of the same name in possible_answer/. Rows that ours cannot express are left out.
 """
 
-import ast
 import json
 import re
 import sys
@@ -22,8 +21,8 @@ from tasks.function_calling import first_choice, judge, same
 
 JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 JSON_TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
-JSON_TYPES |= {kind: kind for kind in JSON_TYPES.values()}
-JSON_TYPES |= {"none": "null", "null": "null", "nonetype": "null"}
+JSON_TYPES |= {"nonetype": "null"} | {kind: kind for kind in [*JSON_TYPES.values(), "null"]}
+NO_TYPES = ("optional", "required", "union", "typing", "none")
 
 
 def convert(data: str, rows: list[dict]) -> list[dict]:
@@ -31,8 +30,7 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
     truths = {}
     if any("function" in row for row in rows):
         beside = re.sub(r"[^/:]+$", r"possible_answer/\g<0>", data)
-        for truth in load_rows(beside):
-            truths[str(truth.get("id"))] = truth.get("ground_truth")
+        truths = {str(t.get("id")): t.get("ground_truth") for t in load_rows(beside)}
     problems, left_out = [], Counter()
     for number, row in enumerate(rows, 1):
         wants = f"{data}, row {number} is not in our form, xLAM's or Berkeley's"
@@ -48,8 +46,7 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
 
 
 def problem_of(row: dict, truths: dict) -> dict:
-    """One row in our form. Raises UserError if it is to be left out, and else what the
-    row's damage raises."""
+    """One row in our form. UserError: it is left out. Other errors: it is damaged."""
     calls, answers = [], []
     if "query" in row:
         messages = [{"role": "user", "content": row["query"]}]
@@ -135,10 +132,11 @@ def one_choice(value):
 def read_json(value):
     """Without the nulls that Arrow and parquet write for keys that only other rows have."""
     text = value if isinstance(value, str) else json.dumps(value)
-    rows = json.loads(
-        text, object_pairs_hook=lambda row: {k: v for k, v in row if v is not None}
-    )
-    return without_surrogates(rows)
+    return without_surrogates(json.loads(text, object_pairs_hook=without_nulls))
+
+
+def without_nulls(pairs):
+    return {key: item for key, item in pairs if item is not None}
 
 
 def tool_of(function: dict) -> dict:
@@ -159,8 +157,12 @@ def tool_of(function: dict) -> dict:
 def schema_of(spec: dict) -> dict:
     """A JSON schema for one that may have Python's types, and a default as text."""
     schema = dict(spec)
-    kind = schema.pop("type", None) or "any"
-    schema = type_of(", ".join(kind) if isinstance(kind, list) else str(kind)) | schema
+    kind = schema.pop("type", "any")
+    if isinstance(kind, list):
+        schema["type"] = [JSON_TYPES.get(name, name) for name in kind]
+    else:
+        words = re.findall(r"\w+", str(kind).lower().partition("default")[0])
+        schema = type_of([word for word in words if word not in NO_TYPES]) | schema
     if "default" in schema:
         with suppress(ValueError):
             schema["default"] = conform(schema["default"], {"type": schema.get("type")})
@@ -174,35 +176,19 @@ def schema_of(spec: dict) -> dict:
     return schema
 
 
-def type_of(text: str) -> dict:
-    """A schema for types of Python's or of JSON's. Open, where one is no type, like "any".
+def type_of(words: list[str]) -> dict:
+    """A schema for the words of a type; open, where one is no type, like "any".
 
     "List[float], optional"      {"type": "array", "items": {"type": "number"}}
     "Optional[Union[int, str]]"  {"type": ["integer", "string"]}
     """
-    kinds, names, inner = split(text.lower()), [], {}
-    for kind in kinds:
-        word, _, inside = kind.removeprefix("typing.").removesuffix("]").partition("[")
-        if word in ("optional", "required", "union", "..."):
-            kinds += split(inside)  # this loop comes to them
-            continue
-        if word not in JSON_TYPES:
-            return {}
-        names.append(JSON_TYPES[word])
-        if inside and names[-1] == "array":
-            inner["items"] = type_of(inside)
-        if inside and names[-1] == "object":
-            inner["additionalProperties"] = type_of(split(inside)[-1])
-    names = list(dict.fromkeys(names))
-    return {"type": names[0] if len(names) == 1 else names} | inner
-
-
-def split(text: str) -> list[str]:
-    """At the commas that stand in no bracket: Python reads them as a call's arguments."""
-    with suppress(SyntaxError, ValueError):
-        call = ast.parse(f"call({text})", mode="eval").body
-        return [ast.unparse(argument) for argument in call.args]
-    return [text.partition(",")[0]]  # "int, default 5"
+    kinds = list(dict.fromkeys(map(JSON_TYPES.get, words))) or [None]
+    if kinds[0] == "array":
+        return {"type": "array"} | ({"items": type_of(words[1:])} if words[1:] else {})
+    if kinds[0] == "object":
+        inner = {"additionalProperties": type_of(words[2:])} if words[2:] else {}
+        return {"type": "object"} | inner
+    return {} if None in kinds else {"type": kinds[0] if len(kinds) == 1 else kinds}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ what was wrong, and all working is true. Behind a DRILL more retries are right.
 import json
 from pathlib import Path
 
-from extras import make_mini as mini
-from extras.make_calls import as_offered
+from extras import make_calls as calls
 from tasks.countdown import Countdown
 from tasks.function_calling import FunctionCalling
 
@@ -112,11 +111,12 @@ class CallsCorpus:
 
     def __init__(self):
         self.task = FunctionCalling(difficulty="mini")
-        self.offered = {name: as_offered(tool) for name, tool in mini.TOOLS.items()}
+        tools = calls.MINI_TOOLS
+        self.offered = {name: calls.as_offered(tools[name]) for name in tools}
 
     def problem(self, rng):
         """With its values, how each is worked out, and wrong ones that are near."""
-        problem, work, near = mini.make_problem(rng, "train")
+        problem, work, near = calls.mini_problem(rng, "train")
         values = {k: v for k, [v] in problem["answers"][0]["arguments"].items()}
         tools = [self.offered[name] for name in problem["tools"]]
         return problem | {"tools": tools, "values": values, "work": work, "near": near}
@@ -165,15 +165,15 @@ def arithmetic(rng):
     drills = []
     for _ in range(4):
         if rng.random() < 0.5:
-            a, b, sign, c = mini.pick(rng, "train", *DRILLED_SUMS)
-            work, _ = mini.number(a, b, sign, c)
-            tool = mini.TOOLS[rng.choice(list(mini.TOOLS))]
-            said = mini.in_words(tool["numbers"], sign, a=a, b=b, c=c)
+            a, b, sign, c = calls.pick(rng, "train", *DRILLED_SUMS)
+            work, _ = calls.number(a, b, sign, c)
+            tool = calls.MINI_TOOLS[rng.choice(list(calls.MINI_TOOLS))]
+            said = calls.worded(tool["numbers"], sign, a=a, b=b, c=c)
         else:
-            t, sign, m = mini.pick(rng, "train", *mini.TIMES)
-            work, _ = mini.time(t, sign, m)
-            words = rng.choice(mini.WORDS["times"])
-            said = mini.in_words(words, sign, m=m, t=mini.clock(t))
+            t, sign, m = calls.pick(rng, "train", *calls.TIMES)
+            work, _ = calls.time(t, sign, m)
+            words = rng.choice(calls.MINI["times"])
+            said = calls.worded(words, sign, m=m, t=calls.clock(t))
         at_once = f"{said}: {work.split('=')[-1]}"
         drills.append(work if rng.random() < 0.5 else at_once)
     return "; ".join(drills) + "."

@@ -1,8 +1,10 @@
 """Here because it makes tasks/calls.jsonl.xz, the problems that come with the task.
 
-    python -m extras.make_calls     after changing tools.json; the same bytes every time
+    python -m extras.make_calls     after changing a .json here; the same bytes every time
 
-No problem for training offers, wants or mentions a tool or a value for testing.
+Of easy, normal and hard, no problem for training offers, wants or mentions a tool or value
+for testing. Of mini, none has a name (first and last word together), sentence (with its way
+to say a time), sum or time for testing.
 """
 
 import json
@@ -11,21 +13,26 @@ import random
 from datetime import date, timedelta
 from pathlib import Path
 
-from extras import make_mini
 from extras.convert import one_choice
+from tasks import in_test
 
-CATALOGUE = json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent
+CATALOGUE = json.loads((HERE / "tools.json").read_text(encoding="utf-8"))
 DOMAINS = list(CATALOGUE["domains"].values())
 TOOLS = sum(DOMAINS, [])
+MINI = json.loads((HERE / "mini.json").read_text(encoding="utf-8"))
+MINI_TOOLS = {tool["name"]: tool for tools in MINI["domains"].values() for tool in tools}
 ROWS = {"train": 3000, "test": 500}  # of each difficulty
 # Fewest and most calls, fewest and most tools on offer.
 LEVELS = {"easy": ((1, 1), (2, 2)), "normal": ((1, 3), (2, 6)), "hard": ((2, 4), (4, 6))}
+SUMS = range(3, 10), (6, 8, 10, 12, 15, 20), "+-", range(2, 18)  # a, b, sign, c
+TIMES = range(480, 1260, 5), "+-", range(5, 60, 5)  # minutes of a day, sign, minutes
 HIDDEN = {"values", "range", "say", "words", "show", "count"}
 
 
 def jsonl() -> str:
     """The file's text: all tools by name, then a problem a line, its tools as names."""
-    tools = [*TOOLS, *make_mini.TOOLS.values()]
+    tools = [*TOOLS, *MINI_TOOLS.values()]
     lines = [json.dumps({tool["name"]: as_offered(tool) for tool in tools})]
     for split, rows in ROWS.items():
         pools = pools_of(split)
@@ -34,7 +41,7 @@ def jsonl() -> str:
             problems = {}
             while len(problems) < rows:
                 if difficulty == "mini":
-                    problem, _, _ = make_mini.make_problem(rng, split)
+                    problem, _, _ = mini_problem(rng, split)
                 else:
                     problem = make_problem(rng, split, pools, *LEVELS[difficulty])
                 problem |= {"difficulty": difficulty, "split": split}
@@ -50,7 +57,7 @@ def pools_of(split) -> dict[str, list]:
     kept = [i for i in range(731) if (i % 5 == 4) == (split == "test")]
     pools["past"] = [str(date(2024, 1, 1) + timedelta(i)) for i in kept]  # two years
     pools["date"] = [str(date(2026, 1, 1) + timedelta(i)) for i in kept if i < 730]
-    pools["time"] = [make_mini.clock(360 + 5 * i) for i in kept if i < 204]
+    pools["time"] = [clock(360 + 5 * i) for i in kept if i < 204]
     return pools
 
 
@@ -149,6 +156,78 @@ def without_hidden(spec):
     if not isinstance(spec, dict):
         return spec
     return {key: without_hidden(spec[key]) for key in spec if key not in HIDDEN}
+
+
+# ---- difficulty mini ----
+def mini_problem(rng, split) -> tuple[dict, dict, dict]:
+    """For a model of 1 M parameters: two tools, one call; a name to be copied, a number and
+    a time to be worked out. With it, for each parameter, how, and wrong values."""
+    offered = rng.sample(list(MINI_TOOLS), 2)
+    tool = MINI_TOOLS[rng.choice(offered)]
+    phrasings, frames, times = tool["phrasings"], MINI["frames"], MINI["times"]
+    frame, phrasing, time_words = pick(rng, split, frames, phrasings, times)
+    arguments, work, near, said = {}, {}, {}, {}
+    for key, spec in tool["parameters"].items():
+        kind = spec["values"]
+        if kind == "number":
+            a, b, sign, c = pick(rng, split, *SUMS)
+            said[kind] = worded(tool["numbers"], sign, a=a, b=b, c=c)
+            work[key], near[key] = number(a, b, sign, c)
+        elif kind == "time":
+            t, sign, m = pick(rng, split, *TIMES)
+            said[kind] = worded(time_words, sign, m=m, t=clock(t))
+            work[key], near[key] = time(t, sign, m)
+        else:
+            first, last = pick(rng, split, *MINI["names"][kind])
+            said[kind] = work[key] = f"{first} {last}"
+            near[key] = [f"{other} {last}" for other in MINI["names"][kind][0]]
+        value = work[key].split("=")[-1]
+        arguments[key] = int(value) if kind == "number" else value
+    request = frame.format(phrasing).format(**said)
+    problem = {
+        "key": request.lower(),
+        "messages": [{"role": "user", "content": request}],
+        "tools": offered,
+        "answers": [{"name": tool["name"], "arguments": one_choice(arguments)}],
+    }
+    return problem, work, near
+
+
+def pick(rng, split, *choices):
+    """One of each, drawn again until the hash of them together is of this split."""
+    while True:
+        drawn = [rng.choice(some) for some in choices]
+        if in_test(str(drawn)) == (split == "test"):
+            return drawn
+
+
+def worded(both, sign, **parts):
+    return both["+-".index(sign)].format(**parts)
+
+
+def number(a, b, sign, c):
+    """How it is worked out, and what one gets by mistakes."""
+    change = c if sign == "+" else -c
+    value, other = a * b + change, a * b - change
+    return f"{a}*{b}={a * b}{sign}{c}={value}", [a * b, other, value + 10, value - 1]
+
+
+def time(t, sign, m):
+    """The same of a time. 13:35-45 is worked out as 12:95-45, and 13:35+45 as 13:80."""
+    change = m if sign == "+" else -m
+    hour, minute = divmod(t, 60)
+    work = clock(t)
+    if minute + change < 0:
+        work += f"={hour - 1:02}:{minute + 60}"
+    work += f"{sign}{m:02}"
+    if minute + change >= 60:
+        work += f"={hour:02}:{minute + m}"
+    near = [clock(t), clock(t - change), clock(t + change + 60)]
+    return f"{work}={clock(t + change)}", near
+
+
+def clock(minutes):
+    return f"{minutes // 60:02}:{minutes % 60:02}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ No batches, no shared prefix: each sibling is one plain pass. A test compares wi
 """
 
 import sys
+from operator import itemgetter
 
 import torch
 
@@ -16,8 +17,8 @@ from model import check
 
 def find_group(rollout, config) -> list[rrr.Episode]:
     """The reflections on the first failure whose retries did not all end alike."""
-    problems = rollout.task.problems("train", 32, config.seed)
     generator = seeded(rollout.model, config.seed, "trace")
+    problems = rollout.task.problems("train", 32, config.seed)
     attempts, _ = rollout.attempt(problems, generator)
     failures = [e for e in attempts if not e.attempt_verdict["ok"]]
     episodes = rrr.explore(failures, rollout.reread(failures), rollout, config, generator)
@@ -31,12 +32,11 @@ def trace(model, group, temperature) -> dict:
     rewards = [e.reward for e in group]
     mean = sum(rewards) / len(rewards)
     deviation = (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5
-    advantages = [(r - mean) / (deviation + 1e-4) for r in rewards]
     weight = 1 / sum(len(e.reflection.ids) for e in group)  # --loss_norm token
-    figures = {"mean": mean, "deviation": deviation, "weight": weight, "loss": 0.0}
-    figures |= {"advantages": advantages, "ids": [], "mask": [], "logps": [], "grads": []}
+    siblings = []
     model.zero_grad()
-    for e, advantage in zip(group, advantages):
+    for e in group:
+        advantage = (e.reward - mean) / (deviation + 1e-4)
         before = e.attempt.prompt_ids + e.attempt.ids + e.reflection.prompt_ids
         ids = before + e.reflection.ids
         mask = [False] * len(before) + [True] * len(e.reflection.ids)
@@ -49,31 +49,27 @@ def trace(model, group, temperature) -> dict:
         ratio = torch.exp(trained - trained.detach())  # 1: the weights have not moved
         loss = -(weight * ratio * advantage).sum()
         loss.backward()
-        figures["loss"] += loss.item()
-        for name, value in {"ids": ids, "mask": mask, "grads": logits.grad}.items():
-            figures[name].append(value)
-        figures["logps"].append(trained.detach())
-    return figures
+        own = {"ids": ids, "mask": mask, "logps": logps.detach(), "grads": logits.grad}
+        siblings.append(own | {"advantage": advantage, "loss": loss.item()})
+    return {"mean": mean, "deviation": deviation, "weight": weight, "siblings": siblings}
 
 
 def show(figures, group, chat):
-    best = max(range(len(group)), key=lambda k: group[k].reward)
     print(f"\nproblem     {group[0].problem['key']}\nattempt     {group[0].attempt.text}")
     print(f"\nmean reward {figures['mean']:.3f}, deviation {figures['deviation']:.3f}")
-    for e, advantage in zip(group, figures["advantages"]):
-        print(f"reward {e.reward:.0f}, advantage {advantage:+.3f}: {e.reflection.text!r}")
-    ids, mask, grads = figures["ids"][best], figures["mask"][best], figures["grads"][best]
-    print(f"\nids and mask of reflection {best + 1}: {len(ids)} ids, {sum(mask)} trained")
-    start = mask.index(True)
+    for e, own in zip(group, figures["siblings"]):
+        told = f"reward {e.reward:.0f}, advantage {own['advantage']:+.3f}"
+        print(f"{told}, loss {own['loss']:+.6f}: {e.reflection.text!r}")
+    best = max(figures["siblings"], key=itemgetter("advantage"))
+    ids, mask, start = best["ids"], best["mask"], best["mask"].index(True)
+    print(f"\nThe first preferred one: {len(ids)} ids, {sum(mask)} trained")
     print("position, id, mask, logp; how descent moves its logit, and all others together")
     for t in range(start - 3, min(start + 5, len(ids))):
         text = chat.tokenizer.decode([ids[t]], skip_special_tokens=False)
-        own, total = grads[t - 1, ids[t]].item(), grads[t - 1].sum().item()
-        logp = f"{figures['logps'][best][t - start]:.4f}" if mask[t] else "-"
-        push = f"{-own:+.5f} {own - total:+.5f}"
-        print(f"{t:5} {ids[t]:5} {text!r:24} {mask[t]:d} {logp:>9}  {push}")
+        grad, every = best["grads"][t - 1, ids[t]], best["grads"][t - 1].sum()
+        logp = f"{best['logps'][t - 1]:.4f} {-grad:+.5f} {grad - every:+.5f}"
+        print(f"{t:5} {ids[t]:5} {text!r:24} {mask[t]:d} {logp}")
     print(f"\nweight of a trained token: {figures['weight']:.6f}, one over their number")
-    print(f"loss {figures['loss']:+.6f}: minus the weighted sum of advantages")
 
 
 def main(argv):

@@ -2,10 +2,9 @@
 
     torchrun --nproc_per_node 2 -m extras.train_trl --processes 2 --pool RUN/pool.jsonl
 
-Model, task, failures and settings are those of the run that wrote the pool; sampling, loss,
-optimizer and processes are GRPOTrainer's (accelerate, DeepSpeed, FSDP, vLLM), and so are
-all other options. --output_dir becomes a run, as eval.py reads it. Where the two losses
-differ: tests/test_witness_trl.py. TRL warms up from a rate of 0; its weights are float32.
+Model, task, failures and settings are those of the run that wrote the pool; the engine, the
+loss and all other options are GRPOTrainer's. --output_dir becomes a run, as eval.py reads
+it. TRL warms up from a rate of 0; where the losses differ: tests/test_witness_trl.py.
 """
 
 import json
@@ -21,7 +20,7 @@ from datasets import Dataset
 
 from config import Config, open_task, plain_errors
 from model import Chat, check, explain, resolve
-from rrr import Episode, Rollout, Turn
+from rrr import Episode, Rollout
 from train import open_run, read_failures, rewrite
 
 # An option of ours: TRL's. What is given for TRL's goes to the config.json of the new run.
@@ -45,12 +44,10 @@ def explore(failures: list[Episode], rollout: Rollout, prompts: list[str], train
     both = [ids + reflection for ids, reflection in zip(before, reflections)]
     both = [ids + chat.glue(task.retry, ids[-1]) for ids in both]
     retries, _ = write(trainer, both, config.retry_tokens, 1)
-    rewards = []
-    for e, ids in zip(failures, retries):
-        retry = Turn(ids, [], True, [], chat.decode(ids))
-        rewards.append(float(rollout.verify(e.problem, retry)["ok"]))
+    retries = [SimpleNamespace(text=chat.decode(ids)) for ids in retries]
+    right = [rollout.verify(e.problem, turn)["ok"] for e, turn in zip(failures, retries)]
     trained = {"prompt_ids": before, "completion_ids": reflections, "logprobs": logps}
-    return trained | {"retry_reward": rewards}
+    return trained | {"retry_reward": list(map(float, right))}
 
 
 def write(trainer, conversations: list[list[int]], cap: int, siblings: int):
@@ -73,8 +70,7 @@ def options(argv: list[str] | None) -> tuple[Path, Config, trl.GRPOConfig]:
     parser.add_argument("--pool", type=Path, default=Path("pool.jsonl"))
     parser.add_argument("--processes", type=int)
     pool = parser.parse_known_args(argv)[0].pool
-    hint = "python train.py --steps 0 --out RUN writes RUN/pool.jsonl"
-    check(pool.is_file(), f"--pool '{pool}' is no file; {hint}.")
+    check(pool.is_file(), f"--pool '{pool}' is no file: train.py --steps 0 writes one.")
     _, config = open_run(Config(resume=str(pool.parent)), set())  # as a resumed run's
     values = {theirs: getattr(config, ours) for ours, theirs in SAME.items()}
     values |= {"loss_type": LOSS[config.loss_norm], "use_bias_correction_kl": False}
@@ -120,20 +116,20 @@ def main(argv=None):
         check(trl.__version__ == "1.16.0", "pip install trl==1.16.0: its hooks may change.")
         pool, config, settings = options(argv)
         run, resume = Path(settings.output_dir), settings.resume_from_checkpoint
-        is_new = not run.exists() or settings.process_index > 0  # the first one makes it
-        check(resume or is_new, f"{run} exists: choose another --output_dir.")
+        is_first = settings.process_index == 0
+        if is_first and not resume:
+            check(not run.exists(), f"{run} exists: choose another --output_dir.")
         trainer = make_trainer(pool, config, settings)
-        if trainer.is_world_process_zero():
+        if is_first:
             print(f"{run}: {settings.world_size} processes, {settings.max_steps} steps")
         trainer.train(resume_from_checkpoint=resume)
         folder = run / f"step-{settings.max_steps:06}"
         trainer.processing_class = None  # the source's own files take its place
         trainer.save_model(folder)  # by all processes: each may hold a part
-        if trainer.is_world_process_zero():
+        if is_first:
             for name, content in Chat(resolve(config.model)).files.items():
                 (folder / name).write_bytes(content)
-            steps = trainer.state.log_history[:-1]  # the last row sums up
-            rewrite(run / "metrics.jsonl", steps)
+            rewrite(run / "metrics.jsonl", trainer.state.log_history[:-1])
             (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 

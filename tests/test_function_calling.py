@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from config import Config, open_task
-from extras import make_calls, make_mini
+from extras import make_calls
 from extras.convert import convert, one_choice
 from model import UserError
 from tasks import load_rows, task_class
@@ -321,8 +321,8 @@ def test_mini_problems_are_as_promised(mini):
         strings = [v for [v] in answer["arguments"].values() if isinstance(v, str)]
         assert len(numbers) == 1 and numbers[0] >= 1
         assert sorted(":" in text for text in strings) == [False, True]
-    domains = make_mini.WORDS["domains"]
-    assert len(domains) >= 4 and sorted(wanted) == sorted(make_mini.TOOLS)
+    domains = make_calls.MINI["domains"]
+    assert len(domains) >= 4 and sorted(wanted) == sorted(make_calls.MINI_TOOLS)
     assert len(wanted) >= 12 and min(wanted.values()) > 200
 
 
@@ -1224,6 +1224,7 @@ def one_parameter(tmp_path, spec, arguments):
 
 NUMBERS = {"type": "array", "items": {"type": "number"}}
 INTEGERS = {"type": "array", "items": {"type": "integer"}}
+EITHER = {"type": "array", "items": {"type": ["integer", "number"]}}
 
 
 @pytest.mark.parametrize(
@@ -1233,7 +1234,10 @@ INTEGERS = {"type": "array", "items": {"type": "integer"}}
         ("List[float]", NUMBERS, [1.0, 2.5], [1, 2.5], ""),
         ("Tuple[float, ...], optional", NUMBERS, [2.0], [2], ""),
         ("List[int]", INTEGERS, [2], [2.0], "wrong values"),
-        ("Union[List[int], None]", INTEGERS | {"type": ["array", "null"]}, [2], [2], ""),
+        ("Union[List[int], None]", INTEGERS, [2], [2], ""),
+        ("List[Union[int, float]]", EITHER, [2.0], [2], ""),
+        ("Dict[str, List[int]]", {"type": "object", "additionalProperties": INTEGERS})
+        + ({"a": [2]}, {"a": [2]}, ""),
         ("Optional[float]", {"type": "number"}, 2.0, 2, ""),
         ("typing.Union[int, float]", {"type": ["integer", "number"]}, 2.0, 2, ""),
         (["number", "null"], {"type": ["number", "null"]}, 2.0, 2, ""),

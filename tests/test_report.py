@@ -105,8 +105,11 @@ def whole(group: list[dict]) -> list[dict]:
     return [group[0] | row for row in group]
 
 
-def turns_of(row: dict) -> list[dict]:
-    return [t for t in (row["attempt"], row["reflection"], *row["retries"]) if t]
+def to_episode(row: dict) -> Episode:
+    row = row | {"retries": [Turn(**turn) for turn in row["retries"]]}
+    for name in ("attempt", "reflection"):
+        row[name] = row[name] and Turn(**row[name])
+    return Episode(**row)
 
 
 def data_of(page: Path) -> dict:
@@ -137,7 +140,7 @@ def test_no_text_of_a_model_ends_the_script(make_run):
 def test_the_numbers_are_those_of_the_files(make_run):
     """Prevents: curves and episodes that are not what was measured."""
     run = make_run()
-    data = report.read_run(run)
+    (data,) = data_of(report.write_page([run]))["runs"]
     for row, metrics in zip(data["curves"], rows_of(run / "metrics.jsonl"), strict=True):
         assert row["step"] == metrics["step"]
         for name in ("reward", "kl", "reflection_tokens"):
@@ -154,7 +157,8 @@ def test_the_numbers_are_those_of_the_files(make_run):
             assert e["advantage"] == pytest.approx(row["advantage"], **ACCURACY)
             for name in ("problem", "reward", "attempt_verdict", "retry_verdicts"):
                 assert e[name] == row[name]
-            for shown, read in zip(turns_of(e), turns_of(row), strict=True):
+            turns = zip(report.turns_of(e), report.turns_of(row), strict=True)
+            for shown, read in turns:
                 assert shown["logps"] == pytest.approx(read["logps"], **ACCURACY)
                 assert shown | {"logps": None} == read | {"logps": None}
     assert data["evals"] == rows_of(run / "eval.jsonl")
@@ -168,7 +172,7 @@ def test_mask_and_weights_are_those_of_training(make_run, train_on, loss_norm):
     run = make_run(steps=1, train_on=train_on, loss_norm=loss_norm)
     config = Config(**json.loads((run / "config.json").read_text()))
     rows = rows_of(run / "episodes.jsonl")
-    source = [report.to_episode(row) for row in rows if row.pop("step")]
+    source = [to_episode(row) for row in rows if row.pop("step")]
     tokens = kept = total = 0
     for e in source:
         if e.group != 1:  # that one has no signal
@@ -213,7 +217,7 @@ def test_each_sibling_shows_its_own_attempt(make_run, tiny_chat):
     run = make_run(groups=answers, train_on="attempt")
     data = report.read_run(run)
     for group in data["groups"]:
-        assert all(turns_of(e) == [e["attempt"]] for e in group)
+        assert all(report.turns_of(e) == [e["attempt"]] for e in group)
         assert len({str(e["attempt"]["ids"]) for e in group}) == 4
         for e in group:
             attempt = e["attempt"]
@@ -275,12 +279,12 @@ def same_form(chat, step, group, rewards):
 def test_reflections_are_counted(make_run):
     """Prevents: a collapse to one template that the page does not tell."""
     first, last = report.read_run(make_run(steps=12, groups=same_form))["ends"]
-    assert (first["steps"], last["steps"]) == ("1 to 5", "8 to 12")
-    assert len(first["scores"]) == 60
-    assert first["texts"] == 45  # three lengths for each of 15 failures
-    assert first["shapes"] == 3 and first["most"] == 30
+    assert (first["step"], last["step"]) == (1, 12)
+    assert len(first["scores"]) == 12
+    assert first["texts"] == 9  # three lengths for each of 3 failures
+    assert first["shapes"] == 3 and first["most"] == 6
     assert first["shape"] == "I got #, not #. "
-    mean = sum(reward for _, reward in first["scores"]) / 60
+    mean = sum(reward for _, reward in first["scores"]) / 12
     assert mean == pytest.approx(0.25, rel=1e-3)
 
 
@@ -461,16 +465,16 @@ def test_the_page_tells_how_reflections_were_counted(browser, make_run):
     table = "return [...document.querySelectorAll('#choice tr')].map(row => "
     table += "[...row.cells].map(cell => cell.textContent))"
     (_, *steps), *rows = browser.run(table)
-    assert steps == ["steps 1 to 5", "steps 8 to 12"]
+    assert steps == ["step 1", "step 12"]
     found = {name: first for name, first, _ in rows}
-    assert found["reflections"] == "60"
-    assert found["distinct"] == "75.0%"  # three lengths for each of 15 failures
-    assert found["distinct, numbers masked"] == "5.0%"
+    assert found["reflections"] == "12"
+    assert found["distinct"] == "75.0%"  # three lengths for each of 3 failures
+    assert found["distinct, numbers masked"] == "25.0%"
     assert found["share of the commonest form"] == "50.0%"
     assert seen(browser, "#choice .mono").strip() == "I got #, not #."
     rewards = {}
     for row in rows_of(run / "episodes.jsonl"):
-        if row["step"] <= 5:
+        if row["step"] == 1:
             rewards.setdefault(len(row["reflection"]["ids"]), []).append(row["reward"])
     n = 0
     for name, first in found.items():
@@ -480,7 +484,7 @@ def test_the_page_tells_how_reflections_were_counted(browser, make_run):
             n += len(own)
             if own:
                 assert first == f"{sum(own) / len(own):.4g} (n = {len(own)})"
-    assert n == 60
+    assert n == 12
     assert browser.complaints() == []
 
 

@@ -26,19 +26,21 @@ def test_every_figure_is_that_of_rrr(opened):
     by_hand = {name: p.grad.clone() for name, p in model.named_parameters()}
 
     assert len({e.group for e in group}) == 1 and len({e.reward for e in group}) == 2
-    assert figures["advantages"] == pytest.approx([e.advantage for e in group], rel=1e-9)
-    tokens = 0
-    for e, ids, mask in zip(group, figures["ids"], figures["mask"], strict=True):
-        assert (ids, mask) == rrr.ids_and_mask(e)[:2]
-        tokens += sum(mask)
+    tokens, by_plain_pass = 0, []
+    for e, own in zip(group, figures["siblings"], strict=True):
+        assert own["advantage"] == pytest.approx(e.advantage, rel=1e-9)
+        assert (own["ids"], own["mask"]) == rrr.ids_and_mask(e)[:2]
+        tokens += sum(own["mask"])
+        by_plain_pass.append(own["logps"][torch.tensor(own["mask"][1:])])
     assert figures["weight"] == pytest.approx(1 / tokens)
 
     (batch,) = rrr.make_batches(group, config)
     logps = rrr.trained_logps(model, batch, config.temperature)  # (1, T)
     shared = logps[batch.mask].detach()  # of all siblings, one after another
-    close("trace, log-probs", (shared - torch.cat(figures["logps"])).abs().max(), 1e-4)
+    close("trace, log-probs", (shared - torch.cat(by_plain_pass)).abs().max(), 1e-4)
     loss, _, _ = rrr.grpo_loss(logps, logps.detach(), None, batch, config)
-    assert figures["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    by_hand_loss = sum(own["loss"] for own in figures["siblings"])
+    assert by_hand_loss == pytest.approx(loss.item(), abs=1e-6)
     model.zero_grad()
     rrr.backward(model, [batch], None, None, config)
     for name, p in model.named_parameters():
@@ -52,10 +54,9 @@ def test_a_trained_token_is_pushed_and_an_untrained_one_is_not(opened):
     model, _, rollout, config = opened
     group = trace.find_group(rollout, config)
     figures = trace.trace(model, group, config.temperature)
-    for advantage, ids, mask, grads in zip(
-        figures["advantages"], figures["ids"], figures["mask"], figures["grads"]
-    ):
-        trained = torch.tensor(mask[1:])  # (T - 1,)
+    for sibling in figures["siblings"]:
+        ids, advantage, grads = sibling["ids"], sibling["advantage"], sibling["grads"]
+        trained = torch.tensor(sibling["mask"][1:])  # (T - 1,)
         assert (grads[~trained] == 0).all()
         own = grads[torch.arange(len(ids) - 1), ids[1:]][trained]  # (n,)
         assert (own * advantage <= 0).all() and (own != 0).any()

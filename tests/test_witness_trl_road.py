@@ -202,7 +202,7 @@ def test_what_is_wrong_is_said_in_a_sentence(pool, tmp_path):
     new = ["--output_dir", new, rows, "12", "--max_steps", "1"]
     mine = ["--pool", str(pool), *new]
     wrong = {
-        "is no file; python train.py --steps 0": [],
+        "is no file: train.py --steps 0": [],
         "is of another model": ["--pool", copied, *new],
         "--processes 2, but 1 run": [*mine, "--processes", "2"],
         "do not divide into 1 processes": [*mine, rows, "7"],
