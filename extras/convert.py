@@ -186,8 +186,7 @@ def type_of(words: list[str]) -> dict:
     if kinds[0] == "array":
         return {"type": "array"} | ({"items": type_of(words[1:])} if words[1:] else {})
     if kinds[0] == "object":
-        inner = {"additionalProperties": type_of(words[2:])} if words[2:] else {}
-        return {"type": "object"} | inner
+        return {"type": "object"}
     return {} if None in kinds else {"type": kinds[0] if len(kinds) == 1 else kinds}
 
 

@@ -27,6 +27,7 @@ class CountdownCorpus:
     def __init__(self):
         self.task = Countdown(difficulty=f"3x{self.MAX_NUMBER}")
         self.problems = self.task.problems("train", 10**6, seed=0)
+        self.vague = [*WORDS["vague"], self.task.generic_reflection]
 
     def problem(self, rng):
         problem = rng.choice(self.problems)
@@ -45,7 +46,7 @@ class CountdownCorpus:
         target = problem["target"]
         retry = self.attempt(problem, rng, self.RIGHT_RETRY)
         if kind == "vague":
-            return vague(self.task, rng), retry
+            return rng.choice(self.vague), retry
         if kind == "search":
             reflection, found = search(problem["nums"], target, rng)
             return reflection, found or retry
@@ -98,10 +99,6 @@ def search(nums, target, rng):
     return "; ".join(lines), None
 
 
-def vague(task, rng):
-    return rng.choice([*WORDS["vague"], task.generic_reflection])
-
-
 # ---- function calling of difficulty mini ----
 class CallsCorpus:
     RIGHT = 0.4  # attempts (and what a retry has to guess) that are right
@@ -111,6 +108,7 @@ class CallsCorpus:
 
     def __init__(self):
         self.task = FunctionCalling(difficulty="mini")
+        self.vague = [*WORDS["vague"], self.task.generic_reflection]
         tools = calls.MINI_TOOLS
         self.offered = {name: calls.as_offered(tools[name]) for name in tools}
 
@@ -139,7 +137,7 @@ class CallsCorpus:
         """The reflection, and the retry."""
         work, known = problem["work"], []
         if kind == "vague":
-            reflection = vague(self.task, rng)
+            reflection = rng.choice(self.vague)
         elif kind == "blame":
             arguments = json.loads(attempt.split("\n")[1])["arguments"]
             key, value = rng.choice(list(arguments.items()))

@@ -81,12 +81,12 @@ def make_problem(rng, split, pools, call_counts, tool_counts) -> dict:
             call, sentence = ask(rng, tool, pools)
         calls.append(call)
         request += " " + sentence[0].upper() + sentence[1:]
-    return {
-        "key": request.strip().lower(),
-        "messages": [{"role": "user", "content": request.strip()}],
-        "tools": [tool["name"] for tool in offered],
-        "answers": calls,
-    }
+    return as_row(request.strip(), [tool["name"] for tool in offered], calls)
+
+
+def as_row(request, offered, calls) -> dict:
+    row = {"key": request.lower(), "messages": [{"role": "user", "content": request}]}
+    return row | {"tools": offered, "answers": calls}
 
 
 def ask(rng, tool, pools):
@@ -184,13 +184,8 @@ def mini_problem(rng, split) -> tuple[dict, dict, dict]:
         value = work[key].split("=")[-1]
         arguments[key] = int(value) if kind == "number" else value
     request = frame.format(phrasing).format(**said)
-    problem = {
-        "key": request.lower(),
-        "messages": [{"role": "user", "content": request}],
-        "tools": offered,
-        "answers": [{"name": tool["name"], "arguments": one_choice(arguments)}],
-    }
-    return problem, work, near
+    calls = [{"name": tool["name"], "arguments": one_choice(arguments)}]
+    return as_row(request, offered, calls), work, near
 
 
 def pick(rng, split, *choices):

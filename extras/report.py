@@ -90,16 +90,13 @@ def read_episodes(run: Path, steps: list[int], config: Config, room: int):
     if not steps:  # by eval.py: failures, each alone, since its ids of groups come again
         failures = [e for e in read_rows(run / "eval_episodes.jsonl") if e["reflection"]]
         rows = [e | {"step": i, "group": i} for i, e in enumerate(failures[:STEPS])]
-    kept, ends, left = [], [], 0
+    kept, ends = [], []
     for step, of_step in groupby(rows, itemgetter("step")):
-        own, left = list(of_step), left + room // STEPS
+        own = list(of_step)
         if len(steps) > 1 and step in (steps[0], steps[-1]):
             ends.append(count_reflections(own))
-        for group in choose(own, config):
-            if (size := len(json.dumps(group))) <= left:
-                kept.append(group)
-                left -= size
-    return kept, ends
+        kept += choose(own, config)
+    return kept[:: len(json.dumps(kept)) // room + 1], ends
 
 
 def stream(run: Path, steps: set[int] | None = None):
@@ -137,7 +134,7 @@ def choose(rows: list[dict], config: Config) -> list[list[dict]]:
 
 
 def count_reflections(rows: list[dict]) -> dict:
-    """Distinct ones, also once numbers are masked, the commonest, and each one's length and
+    """Distinct ones, also whatever their numbers, the commonest, and each one's length and
     reward. They collapse where training goes wrong."""
     turns = [row["reflection"] or row["attempt"] for row in rows]
     shapes = Counter(re.sub(r"\d+", "#", turn["text"]) for turn in turns)

@@ -11,17 +11,14 @@ from operator import itemgetter
 import torch
 
 import rrr
-from config import open_model, parse, plain_errors, seeded
+from config import open_model, parse, plain_errors
 from model import check
+from train import sample_step
 
 
 def find_group(rollout, config) -> list[rrr.Episode]:
     """The reflections on the first failure whose retries did not all end alike."""
-    generator = seeded(rollout.model, config.seed, "trace")
-    problems = rollout.task.problems("train", 32, config.seed)
-    attempts, _ = rollout.attempt(problems, generator)
-    failures = [e for e in attempts if not e.attempt_verdict["ok"]]
-    episodes = rrr.explore(failures, rollout.reread(failures), rollout, config, generator)
+    episodes, _ = sample_step(0, rollout, config, None)
     able = [group for group in rrr.by_group(episodes) if rrr.has_signal(group)]
     check(able, "no failure has reflections of different rewards: try another --seed.")
     return able[0]

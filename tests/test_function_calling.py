@@ -1236,13 +1236,10 @@ EITHER = {"type": "array", "items": {"type": ["integer", "number"]}}
         ("List[int]", INTEGERS, [2], [2.0], "wrong values"),
         ("Union[List[int], None]", INTEGERS, [2], [2], ""),
         ("List[Union[int, float]]", EITHER, [2.0], [2], ""),
-        ("Dict[str, List[int]]", {"type": "object", "additionalProperties": INTEGERS})
-        + ({"a": [2]}, {"a": [2]}, ""),
+        ("Dict[str, List[int]]", {"type": "object"}, {"a": [2]}, {"a": [2]}, ""),
         ("Optional[float]", {"type": "number"}, 2.0, 2, ""),
         ("typing.Union[int, float]", {"type": ["integer", "number"]}, 2.0, 2, ""),
         (["number", "null"], {"type": ["number", "null"]}, 2.0, 2, ""),
-        ("Dict[str, int]", {"type": "object", "additionalProperties": {"type": "integer"}})
-        + ({"a": 2}, {"a": 2}, ""),
         ("Optional[Any]", {}, 2, 2, ""),
     ],
 )

@@ -469,7 +469,7 @@ def test_the_page_tells_how_reflections_were_counted(browser, make_run):
     found = {name: first for name, first, _ in rows}
     assert found["reflections"] == "12"
     assert found["distinct"] == "75.0%"  # three lengths for each of 3 failures
-    assert found["distinct, numbers masked"] == "25.0%"
+    assert found["distinct, whatever their numbers"] == "25.0%"
     assert found["share of the commonest form"] == "50.0%"
     assert seen(browser, "#choice .mono").strip() == "I got #, not #."
     rewards = {}
