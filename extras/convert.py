@@ -33,8 +33,7 @@ def convert(data: str, rows: list[dict]) -> list[dict]:
         truths = {str(t.get("id")): t.get("ground_truth") for t in load_rows(beside)}
     problems, left_out = [], Counter()
     for number, row in enumerate(rows, 1):
-        wants = f"{data}, row {number} is not in our form, xLAM's or Berkeley's"
-        with explain(wants, Exception):
+        with explain(f"{data}, row {number} is not ours, xLAM's or Berkeley's", Exception):
             try:
                 problems.append(problem_of(row, truths))
             except UserError as reason:
@@ -73,32 +72,23 @@ def problem_of(row: dict, truths: dict) -> dict:
     return problem
 
 
-# ---- what a row wants, held against its tool's schema ----
 def obeying(arguments: dict, schema: dict) -> dict:
-    """The accepted values of a call's parameters, or of an object's keys, as the schema
-    will have them; without what it lacks and may be left out. Raises UserError."""
+    """The accepted values of a call's parameters, or of an object's keys, that the schema
+    allows; "" among them: it may be left out. Raises UserError."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    check(arguments.keys() >= set(required), "its answer lacks a required parameter")
     read = {}
     for name, accepted in arguments.items():
-        if name in properties:
-            read[name] = conforming(accepted, properties[name], name in required)
-        else:
+        if name not in properties:
             check("" in accepted, "it wants a parameter that the tool lacks")
+            continue
+        present, kept = [value for value in accepted if value not in ("", None)], []
+        for value in present:
+            with suppress(ValueError):
+                kept.append(conform(value, properties[name]))
+        check(kept or not present, "its answer breaks its tool's schema")
+        may_be_left_out = not present or ("" in accepted and name not in required)
+        read[name] = kept + [""] * may_be_left_out
     return read
-
-
-def conforming(accepted: list, spec: dict, required: bool) -> list:
-    """The accepted values that obey a schema; "" among others: it may be left out."""
-    present = [value for value in accepted if value not in ("", None)]
-    kept = []
-    for value in present:
-        with suppress(ValueError):
-            kept.append(conform(value, spec))
-    check(kept or not present, "its answer breaks its tool's schema")
-    if not present or ("" in accepted and not required):
-        kept.append("")
-    return kept
 
 
 def conform(value, spec: dict):
@@ -121,7 +111,6 @@ def conform(value, spec: dict):
     return value
 
 
-# ---- a row's writing ----
 def one_choice(value):
     """A plain value in our form: each key of an object gets a list of one value."""
     if isinstance(value, dict):
@@ -177,11 +166,8 @@ def schema_of(spec: dict) -> dict:
 
 
 def type_of(words: list[str]) -> dict:
-    """A schema for the words of a type; open, where one is no type, like "any".
-
-    "List[float], optional"      {"type": "array", "items": {"type": "number"}}
-    "Optional[Union[int, str]]"  {"type": ["integer", "string"]}
-    """
+    """A schema for the words of a type: of List[float] {"type": "array", "items": {"type":
+    "number"}}, of Union[int, str] {"type": ["integer", "string"]}, of Any, like all, {}."""
     kinds = list(dict.fromkeys(map(JSON_TYPES.get, words))) or [None]
     if kinds[0] == "array":
         return {"type": "array"} | ({"items": type_of(words[1:])} if words[1:] else {})

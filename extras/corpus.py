@@ -109,14 +109,12 @@ class CallsCorpus:
     def __init__(self):
         self.task = FunctionCalling(difficulty="mini")
         self.vague = [*WORDS["vague"], self.task.generic_reflection]
-        tools = calls.MINI_TOOLS
-        self.offered = {name: calls.as_offered(tools[name]) for name in tools}
 
     def problem(self, rng):
         """With its values, how each is worked out, and wrong ones that are near."""
         problem, work, near = calls.mini_problem(rng, "train")
         values = {k: v for k, [v] in problem["answers"][0]["arguments"].items()}
-        tools = [self.offered[name] for name in problem["tools"]]
+        tools = [calls.as_offered(calls.MINI_TOOLS[name]) for name in problem["tools"]]
         return problem | {"tools": tools, "values": values, "work": work, "near": near}
 
     def attempt(self, problem, rng, right, known=()):
@@ -170,8 +168,8 @@ def arithmetic(rng):
         else:
             t, sign, m = calls.pick(rng, "train", *calls.TIMES)
             work, _ = calls.time(t, sign, m)
-            words = rng.choice(calls.MINI["times"])
-            said = calls.worded(words, sign, m=m, t=calls.clock(t))
+            both = rng.choice(calls.MINI["times"])
+            said = calls.worded(both, sign, m=m, t=calls.clock(t))
         at_once = f"{said}: {work.split('=')[-1]}"
         drills.append(work if rng.random() < 0.5 else at_once)
     return "; ".join(drills) + "."

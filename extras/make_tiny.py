@@ -2,8 +2,7 @@
 
     python -m extras.make_tiny NEW_FOLDER
 
-Its tokenizer has the pieces of the two corpora (corpus.py); its warm-up is next-token
-training on the assistant's turns.
+The tokenizer has the pieces of corpus.py; what is trained are the assistant's turns.
 """
 
 import math

@@ -28,7 +28,7 @@ from model import Chat, check, explain, read_json, resolve
 from train import read_rows
 
 ROOM = 3_600_000  # characters of episodes for a page, before their numbers are rounded
-STEPS, SIGNAL = 16, 3  # steps of a page, and failures with signal of each
+STEPS, SIGNAL = 12, 2  # steps of a page, and failures with signal of each
 
 
 def read_run(run: Path, room: int = ROOM) -> dict:
@@ -36,49 +36,42 @@ def read_run(run: Path, room: int = ROOM) -> dict:
     config, chat = open_run(run)
     metrics = read_rows(run / "metrics.jsonl")
     groups, ends = read_episodes(run, [row["step"] for row in metrics], config, room)
-    few = metrics[:: len(metrics) // 1000 + 1]
     page = {"name": run.resolve().name, "evals": read_rows(run / "eval.jsonl")}
     page["evaluation"] = read_json(run / "eval.json", optional=True).get("report")
-    page |= {"facts": facts(config, metrics), "options": options(config)}
-    page["curves"] = [row | row.get("seconds", {}) for row in few]  # TRL's have none
+    page |= describe(config, metrics)
+    page["curves"] = [row | row.get("seconds", {}) for row in metrics]  # TRL's have none
     return page | {"ends": ends, "groups": groups, "vocabulary": vocabulary(groups, chat)}
 
 
 def open_run(run: Path) -> tuple[Config, Chat]:
+    """Its options, with the model's name in place of its folder, and its chat."""
     stored = read_json(run / "config.json", optional=True)
     stored = stored or read_json(run / "eval.json", optional=True).get("config")
     check(stored, f"{run} has no config.json and no eval.json: it is not a run.")
     config = Config(**stored)
-    return config, Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
+    chat = Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
+    name = re.sub(r".*models--|/snapshots/.*|/step-\d+$", "", config.model)  # of the hub
+    config.model = name.split("/")[-1].replace("--", "/")
+    return config, chat
 
 
-def model_name(config: Config) -> str:
-    """Without the folders of one machine; of the hub's cache, the repository."""
-    path = re.sub(r".*models--|/snapshots/.*|/step-\d+$", "", config.model)
-    return path.split("/")[-1].replace("--", "/")
-
-
-def facts(config: Config, metrics: list[dict]) -> dict:
-    """No file of a run tells its machine: what is told is where the page was written."""
+def describe(config: Config, metrics: list[dict]) -> dict:
+    """What the run is, and (name, value, default) of the options that are not this model's
+    and task's defaults. No file tells a run's machine: what is told is the page's."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{platform.platform(terse=True)}, {os.cpu_count()} CPU cores, {gpu}, "
     machine += f"Python {platform.python_version()}, torch {torch.__version__}"
     steps = f"{len(metrics)} of {config.steps}, on {config.device} in {config.dtype}"
-    rows = {"model": model_name(config), "task": config.task, "seed": config.seed}
-    return rows | {"steps": steps, "page written on": machine}
-
-
-def options(config: Config) -> list:
-    """(name, value, default) of those that differ from this model's and task's defaults."""
-    own = asdict(config) | {"model": model_name(config)}
+    facts = {"model": config.model, "task": config.task, "seed": config.seed}
+    facts |= {"steps": steps, "page written on": machine}
+    own, options = asdict(config), []
     asked = [f"--{name}={own[name]}" for name in ("model", "task", "data", "device")]
     usual = asdict(parse(asked, "", "train.py")[0]) | {"data": ""}
-    rows = []
     for name in sorted(own.keys() - {"device", "dtype", "seed", "out", "resume"}):
         if own[name] != usual[name]:
             value = Path(own[name]).name if name in ("data", "pool") else own[name]
-            rows.append((name, str(value), str(usual[name])))
-    return rows
+            options.append((name, str(value), str(usual[name])))
+    return {"facts": facts, "options": options}
 
 
 # ---- episodes ----
@@ -110,7 +103,7 @@ def stream(run: Path, steps: set[int] | None = None):
 
 
 def choose(rows: list[dict], config: Config) -> list[list[dict]]:
-    """Groups of a step: three with signal and one without. With mask: how many ids are not
+    """Groups of a step: two with signal and one without. With mask: how many ids are not
     trained, how many then are, and so on; and weight: what rrr.make_batches gives to a
     trained one, 0 where it drops the group."""
     episodes = json.loads(json.dumps(rows), object_hook=lambda row: SimpleNamespace(**row))
@@ -124,13 +117,7 @@ def choose(rows: list[dict], config: Config) -> list[list[dict]]:
             rows[i]["weight"] = weight
     groups = [list(group) for _, group in groupby(rows, itemgetter("group"))]
     groups.sort(key=lambda group: group[0]["weight"] == 0)  # first those with signal
-    groups = groups[:SIGNAL] + groups[SIGNAL:][-1:]
-    for first, *others in groups:
-        for row in others:
-            for name in ("problem", "attempt"):
-                if row[name] == first[name]:
-                    del row[name]  # what siblings share is there once
-    return groups
+    return groups[:SIGNAL] + groups[SIGNAL:][-1:]
 
 
 def count_reflections(rows: list[dict]) -> dict:
@@ -146,7 +133,7 @@ def count_reflections(rows: list[dict]) -> dict:
 
 
 def turns_of(row: dict) -> list[dict]:
-    return [t for t in (row.get("attempt"), row["reflection"], *row["retries"]) if t]
+    return [t for t in (row["attempt"], row["reflection"], *row["retries"]) if t]
 
 
 def vocabulary(groups: list[list[dict]], chat: Chat) -> dict[int, str]:
@@ -186,7 +173,7 @@ def show_text(run: Path, n: int):
             if i in rrr.TRAINED_TURNS[config.train_on]:
                 text = on + text + off
             print(printable(chat, turn["prompt_ids"]) + text, end="")
-        print(f"\n({'; '.join(v['error'] or 'right' for v in row['retry_verdicts'])})")
+        print()
 
 
 def printable(chat: Chat, ids: list[int]) -> str:

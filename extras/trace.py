@@ -59,8 +59,8 @@ def show(figures, group, chat):
         print(f"{told}, loss {own['loss']:+.6f}: {e.reflection.text!r}")
     best = max(figures["siblings"], key=itemgetter("advantage"))
     ids, mask, start = best["ids"], best["mask"], best["mask"].index(True)
-    print(f"\nThe first preferred one: {len(ids)} ids, {sum(mask)} trained")
-    print("position, id, mask, logp; how descent moves its logit, and all others together")
+    print(f"\nThe first preferred one, {len(ids)} ids, {sum(mask)} trained: position, id,")
+    print("mask, logp; how descent moves its logit, and all others together")
     for t in range(start - 3, min(start + 5, len(ids))):
         text = chat.tokenizer.decode([ids[t]], skip_special_tokens=False)
         grad, every = best["grads"][t - 1, ids[t]], best["grads"][t - 1].sum()

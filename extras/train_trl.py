@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node 2 -m extras.train_trl --processes 2 --pool RUN/pool.jsonl
 
-Model, task, failures and settings are those of the run that wrote the pool; the engine, the
-loss and all other options are GRPOTrainer's. --output_dir becomes a run, as eval.py reads
-it. TRL warms up from a rate of 0; where the losses differ: tests/test_witness_trl.py.
+Model, task, failures and settings are those of the run that wrote the pool; all the rest is
+GRPOTrainer's. --output_dir becomes a run, as eval.py reads it.
 """
 
 import json
@@ -29,6 +28,7 @@ SAME |= {"temperature": "temperature", "updates_per_batch": "num_iterations"}
 SAME |= {"kl_beta": "beta", "clip_low": "epsilon", "clip_high": "epsilon_high"}
 SAME |= {"steps": "max_steps", "lr": "learning_rate", "max_grad_norm": "max_grad_norm"}
 SAME |= {"checkpointing": "gradient_checkpointing", "seed": "seed"}
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # says torchrun
 LOSS = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}  # --loss_norm
 
 
@@ -68,7 +68,7 @@ def options(argv: list[str] | None) -> tuple[Path, Config, trl.GRPOConfig]:
     """The pool, the options of its run, and TRL's, which begin as the run's."""
     parser = transformers.HfArgumentParser(trl.GRPOConfig, description=__doc__)
     parser.add_argument("--pool", type=Path, default=Path("pool.jsonl"))
-    parser.add_argument("--processes", type=int)
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     pool = parser.parse_known_args(argv)[0].pool
     check(pool.is_file(), f"--pool '{pool}' is no file: train.py --steps 0 writes one.")
     _, config = open_run(Config(resume=str(pool.parent)), set())  # as a resumed run's
@@ -81,11 +81,10 @@ def options(argv: list[str] | None) -> tuple[Path, Config, trl.GRPOConfig]:
     parser.set_defaults(output_dir=f"{pool.parent}-trl", **values)
     given, _ = parser.parse_known_args(argv)
     asked, rows = given.processes, given.per_device_train_batch_size
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # says torchrun
     hint = f"start with torchrun --nproc_per_node {asked}"
-    check(asked in (None, processes), f"--processes {asked}, but {processes} run: {hint}.")
-    episodes, at_once = config.batch_size * given.num_generations, processes * rows
-    hint = f"{processes} processes with --per_device_train_batch_size {rows}"
+    check(asked == PROCESSES, f"--processes {asked}, but {PROCESSES} run: {hint}.")
+    episodes, at_once = config.batch_size * given.num_generations, PROCESSES * rows
+    hint = f"{PROCESSES} processes with --per_device_train_batch_size {rows}"
     check(episodes % at_once == 0, f"{episodes} episodes a step do not divide into {hint}.")
     parser.set_defaults(gradient_accumulation_steps=episodes // at_once)
     with explain("TRL refuses these options", ValueError):

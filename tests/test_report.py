@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from tokenizers import Tokenizer, decoders, models
 import rrr
 from config import Config, parse
 from extras import report
-from model import resolve
 from rrr import Episode, Turn
 
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 2'>"
@@ -100,11 +100,6 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def whole(group: list[dict]) -> list[dict]:
-    """Its rows, each with what the page holds once for all siblings, in the first."""
-    return [group[0] | row for row in group]
-
-
 def to_episode(row: dict) -> Episode:
     row = row | {"retries": [Turn(**turn) for turn in row["retries"]]}
     for name in ("attempt", "reflection"):
@@ -152,8 +147,7 @@ def test_the_numbers_are_those_of_the_files(make_run):
     assert len(data["groups"]) == 6 * 3
     for group in data["groups"]:
         source = rows[group[0]["step"], group[0]["group"]]
-        assert ["attempt" in e for e in group] == [True] + [False] * 3  # held once
-        for e, row in zip(whole(group), source, strict=True):
+        for e, row in zip(group, source, strict=True):
             assert e["advantage"] == pytest.approx(row["advantage"], **ACCURACY)
             for name in ("problem", "reward", "attempt_verdict", "retry_verdicts"):
                 assert e[name] == row[name]
@@ -236,14 +230,14 @@ def long_failure(chat, step, group, rewards):
 
 def test_a_page_of_1000_steps_has_3_megabytes_at_most(make_run, tmp_path):
     """Prevents: a page that no browser opens, or no mail takes; an empty viewer."""
-    run = make_run(steps=15, groups=long_failure)
+    run = make_run(steps=11, groups=long_failure)
     (metrics, *_), rows = (
         rows_of(run / "metrics.jsonl"),
         (run / "episodes.jsonl").read_text(),
     )
     lines(run / "metrics.jsonl", [metrics | {"step": step} for step in range(1, 1001)])
-    at = [1 + 999 * i // 15 for i in range(16)]
-    for old, new in zip(range(15, 0, -1), at[:0:-1]):  # the page takes these
+    at = [1 + 999 * i // 11 for i in range(12)]
+    for old, new in zip(range(11, 0, -1), at[:0:-1]):  # the page takes these
         rows = rows.replace(f'{{"step": {old},', f'{{"step": {new},')
     (run / "episodes.jsonl").write_text(rows)
     page = report.write_page([run])
@@ -293,8 +287,7 @@ def test_an_embedded_models_defaults_are_called_a_change(task):
     """Where the folder had another name than the model, the page took a laptop's defaults
     for real models as the usual ones."""
     config, _ = parse(["--task", task], "", "train.py")
-    name, config.model = config.model, str(resolve(config.model))
-    assert report.model_name(config) == name and report.options(config) == []
+    assert report.describe(config, [])["options"] == []
 
 
 def test_options_that_differ_and_no_path_of_a_machine(make_run, tmp_path):
@@ -304,8 +297,11 @@ def test_options_that_differ_and_no_path_of_a_machine(make_run, tmp_path):
     assert data["options"] == [("kl_beta", "0.5", "0.001"), ("pool", "pool.jsonl", "")]
     text = report.write_page([run]).read_text()
     assert str(tmp_path) not in text and str(ROOT) not in text
-    cached = "/x/hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/0123"
-    assert report.model_name(Config(model=cached)) == "Qwen/Qwen2.5-1.5B-Instruct"
+    hub = tmp_path / "hub" / "models--Qwen--Qwen2.5-1.5B-Instruct" / "snapshots"
+    copied = shutil.copytree(ROOT / "tiny", hub / "0123")
+    values = json.loads((run / "config.json").read_text()) | {"model": str(copied)}
+    (run / "config.json").write_text(json.dumps(values))
+    assert report.read_run(run)["facts"]["model"] == "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def test_runs_that_are_not_whole(make_run, tmp_path, tiny_chat):
