@@ -150,8 +150,8 @@ def vocabulary(groups: list[list[dict]], chat: Chat) -> dict[int, str]:
 def write_page(runs: list[Path], out: Path | None = None) -> Path:
     out = out or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
     data = {"runs": [read_run(run, ROOM // len(runs)) for run in runs]}
-    # Four digits make a small page; no browser's JSON knows NaN.
-    short = {"parse_float": lambda number: float(f"{float(number):.4g}")}
+    # Six digits make a small page; no browser's JSON knows NaN.
+    short = {"parse_float": lambda number: float(f"{float(number):.6g}")}
     data = json.loads(json.dumps(data), parse_constant=lambda name: None, **short)
     # No text of a model may end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

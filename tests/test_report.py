@@ -22,7 +22,7 @@ from rrr import Episode, Turn
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 2'>"
 HOSTILE += "\"'&amp;\0\u202edlrow\u200f\x1b[31m\x7f {{data}} 7*6=42"
 IN_TOKENS = re.sub("[\u202e\u200f]", 3 * "\ufffd", HOSTILE)  # their bytes are tokens
-ACCURACY = {"rel": 1e-3, "abs": 1e-9}  # the page holds four digits
+ACCURACY = {"rel": 1e-5, "abs": 1e-9}  # the page holds six digits
 
 
 def turn(chat, prompt: str, text: str, seed=0) -> Turn:
