@@ -20,7 +20,7 @@ WORDS = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf
 class CountdownCorpus:
     MAX_NUMBER = 15
     LARGEST = 150  # results of a step: few enough for the arithmetic to be learnt
-    RIGHT, RIGHT_RETRY = 0.75, 0.45  # shares of guesses that are right
+    RIGHT, RIGHT_RETRY = 0.95, 0.45  # shares of guesses that are right
     KINDS = {"vague": 0.45, "diagnosis": 0.3, "search": 0.25}
     DRILL = "search"
 
@@ -101,7 +101,7 @@ def search(nums, target, rng):
 
 # ---- function calling of difficulty mini ----
 class CallsCorpus:
-    RIGHT = 0.4  # attempts (and what a retry has to guess) that are right
+    RIGHT = 0.48  # attempts (and what a retry has to guess) that are right
     LEFT_OUT = 0.1  # of faults; the others are wrong values
     KINDS = {"vague": 0.4, "blame": 0.3, "parameters": 0.3}
     DRILL = "all of it"

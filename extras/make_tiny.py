@@ -25,7 +25,7 @@ from tqdm import tqdm
 from extras.corpus import WORDS, CallsCorpus, CountdownCorpus, arithmetic, conversation
 from model import Chat, Decoder, ModelConfig, read_json, resolve, save
 
-STEPS, ROWS, SEED = 6000, 36, 0
+STEPS, ROWS, SEED = 6500, 36, 0
 TOKENS = 45  # about as many are trained in a row
 ARITHMETIC_ROWS = 20_000  # of arithmetic alone, before all else
 SHARES = {"countdown": 0.5, "calls": 0.4, "arithmetic": 0.1}  # of the rows behind them

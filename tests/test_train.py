@@ -203,7 +203,7 @@ def test_steps_0_builds_the_pool_and_nothing_else(capsys):
 
 def test_a_pool_of_other_prompts_is_refused(monkeypatch, capsys):
     """Prevents: training on another model's mistakes, or on those at other words."""
-    train.main(["--steps", "0", "--pool_problems", "4", "--out", "p"])
+    train.main(["--steps", "0", "--pool_problems", "12", "--out", "p"])
     Path("rows.jsonl").write_text('{"problem": {}}\n["x"]\n"text"\n')
     Path("text.jsonl").write_text('"text"\n')
     Path("empty.jsonl").write_text("")
