@@ -357,8 +357,8 @@ HEAD_CHUNK = 1024  # positions that meet the vocabulary at a time: it is the lar
 
 
 def visible(segments: Tensor) -> Tensor:
-    """Which keys a query may see, (N, T, T) bool: the prefix and its own segment, up to
-    itself. For "a b", then "c x y" and "c z":
+    """Which keys a query may see, (N, T, T) bool: segment 0 and its own, up to itself. In
+    the example of Batch:
         x sees   a b   c x -   - -
         z sees   a b   - - -   c z
     """

@@ -102,7 +102,7 @@ class KVCache:
             if n_alive == 0:
                 break
             if n_alive <= 0.9 * n:  # moving rows costs time, too: not for every single one
-                state.move_finished_back(n, n_alive)
+                state.move_alive_forward(n, n_alive)
                 n = min(n, round_up(n_alive, ROWS_BY[self.device.type]))
                 longest = int(state.cache.lengths[:n].max())  # finished ones write, too
         state.end()
@@ -223,7 +223,7 @@ class DecodingState:
         cache.lengths[:n] += self.alive[:n]  # a stop id stays unread
         self.draw(n)
 
-    def move_finished_back(self, n: int, n_alive: int):
+    def move_alive_forward(self, n: int, n_alive: int):
         """Swaps rows among the first n places so that those alive are the first n_alive."""
         alive = self.alive[:n].tolist()
         finished = [place for place in range(n_alive) if not alive[place]]

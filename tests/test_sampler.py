@@ -116,7 +116,7 @@ def test_moved_rows_are_put_back_with_all_that_is_theirs():
         for n, finished in ((7, [0, 1, 5]), (4, [2])):
             state.alive[finished] = False
             n_alive = int(state.alive[:n].sum())
-            state.move_finished_back(n, n_alive)
+            state.move_alive_forward(n, n_alive)
             assert state.alive[:n].tolist() == [True] * n_alive + [False] * (n - n_alive)
             assert state.ids[:, 0].tolist() == state.rows.tolist()
             assert torch.equal(state.uniform, before[-1][state.rows])
