@@ -121,11 +121,10 @@ def one_choice(value):
 def read_json(value):
     """Without the nulls that Arrow and parquet write for keys that only other rows have."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return without_surrogates(json.loads(text, object_pairs_hook=without_nulls))
-
-
-def without_nulls(pairs):
-    return {key: item for key, item in pairs if item is not None}
+    rows = json.loads(
+        text, object_pairs_hook=lambda row: {k: v for k, v in row if v is not None}
+    )
+    return without_surrogates(rows)
 
 
 def tool_of(function: dict) -> dict:
@@ -148,7 +147,7 @@ def schema_of(spec: dict) -> dict:
     schema = dict(spec)
     kind = schema.pop("type", "any")
     if isinstance(kind, list):
-        schema["type"] = [JSON_TYPES.get(name, name) for name in kind]
+        schema["type"] = [JSON_TYPES.get(name.lower(), name) for name in kind]
     else:
         words = re.findall(r"\w+", str(kind).lower().partition("default")[0])
         schema = type_of([word for word in words if word not in NO_TYPES]) | schema

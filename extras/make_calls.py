@@ -16,11 +16,10 @@ from pathlib import Path
 from extras.convert import one_choice
 from tasks import in_test
 
-HERE = Path(__file__).parent
-CATALOGUE = json.loads((HERE / "tools.json").read_text(encoding="utf-8"))
+CATALOGUE = json.loads(Path(__file__).with_name("tools.json").read_text(encoding="utf-8"))
 DOMAINS = list(CATALOGUE["domains"].values())
 TOOLS = sum(DOMAINS, [])
-MINI = json.loads((HERE / "mini.json").read_text(encoding="utf-8"))
+MINI = json.loads(Path(__file__).with_name("mini.json").read_text(encoding="utf-8"))
 MINI_TOOLS = {tool["name"]: tool for tools in MINI["domains"].values() for tool in tools}
 ROWS = {"train": 3000, "test": 500}  # of each difficulty
 # Fewest and most calls, fewest and most tools on offer.

@@ -50,8 +50,9 @@ def open_run(run: Path) -> tuple[Config, Chat]:
     check(stored, f"{run} has no config.json and no eval.json: it is not a run.")
     config = Config(**stored)
     chat = Chat(resolve(str(run) if any(run.glob("step-*")) else config.model))
-    name = re.sub(r".*models--|/snapshots/.*|/step-\d+$", "", config.model)  # of the hub
-    config.model = name.split("/")[-1].replace("--", "/")
+    parts = [p for p in Path(config.model).parts if not p.startswith("step-")]
+    hub = [p[8:].replace("--", "/") for p in parts if p.startswith("models--")]
+    config.model = (hub or parts[-1:] or ["."])[0]
     return config, chat
 
 
@@ -156,7 +157,9 @@ def write_page(runs: list[Path], out: Path | None = None) -> Path:
     # No text of a model may end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
-    out.write_text(page.replace("{{data}}", text), encoding="utf-8")
+    beside = out.with_name(out.name + ".writing")  # so the page is whole, or not there
+    beside.write_text(page.replace("{{data}}", text), encoding="utf-8")
+    os.replace(beside, out)
     return out
 
 

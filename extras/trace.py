@@ -6,7 +6,6 @@ No batches, no shared prefix: each sibling is one plain pass. A test compares wi
 """
 
 import sys
-from operator import itemgetter
 
 import torch
 
@@ -56,17 +55,18 @@ def show(figures, group, chat):
     print(f"\nmean reward {figures['mean']:.3f}, deviation {figures['deviation']:.3f}")
     for e, own in zip(group, figures["siblings"]):
         told = f"reward {e.reward:.0f}, advantage {own['advantage']:+.3f}"
-        print(f"{told}, loss {own['loss']:+.6f}: {e.reflection.text!r}")
-    best = max(figures["siblings"], key=itemgetter("advantage"))
+        print(f"{told}: {e.reflection.text!r}")
+    best = max(figures["siblings"], key=lambda own: own["advantage"])
     ids, mask, start = best["ids"], best["mask"], best["mask"].index(True)
     print(f"\nThe first preferred one, {len(ids)} ids, {sum(mask)} trained: position, id,")
     print("mask, logp; how descent moves its logit, and all others together")
     for t in range(start - 3, min(start + 5, len(ids))):
         text = chat.tokenizer.decode([ids[t]], skip_special_tokens=False)
         grad, every = best["grads"][t - 1, ids[t]], best["grads"][t - 1].sum()
-        logp = f"{best['logps'][t - 1]:.4f} {-grad:+.5f} {grad - every:+.5f}"
+        logp = f"{best['logps'][t - 1]:9.4f}  {-grad:+.5f} {grad - every:+.5f}"
         print(f"{t:5} {ids[t]:5} {text!r:24} {mask[t]:d} {logp}")
-    print(f"\nweight of a trained token: {figures['weight']:.6f}, one over their number")
+    loss = sum(own["loss"] for own in figures["siblings"])
+    print(f"\nweight of a trained token {figures['weight']:.6f}, loss of all {loss:+.6f}")
 
 
 def main(argv):

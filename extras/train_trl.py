@@ -33,9 +33,8 @@ LOSS = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}  # --loss_no
 
 
 def explore(failures: list[Episode], rollout: Rollout, prompts: list[str], trainer) -> dict:
-    """TRL's rollout_func. prompts: this process's failures, by index, each as often as it
-    has siblings. completion_ids are what TRL trains: the reflections alone. Of the retry,
-    one more turn of the same engine, only the reward comes back."""
+    """TRL's rollout_func. prompts: failures by index, each as often as it has siblings. TRL
+    trains completion_ids, the reflections; of the retry only the reward comes back."""
     chat, task, config = rollout.chat, rollout.task, rollout.config
     failures = [failures[int(prompt)] for prompt in prompts]
     before = [e.attempt.prompt_ids + e.attempt.ids for e in failures]  # as in the pool

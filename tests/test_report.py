@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 import rrr
 from config import Config, parse
 from extras import report
+from model import resolve
 from rrr import Episode, Turn
 
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror='window.bad = 2'>"
@@ -283,11 +284,14 @@ def test_reflections_are_counted(make_run):
 
 
 @pytest.mark.parametrize("task", ["countdown", "function_calling"])
-def test_an_embedded_models_defaults_are_called_a_change(task):
+def test_an_embedded_models_defaults_are_called_a_change(task, tmp_path):
     """Where the folder had another name than the model, the page took a laptop's defaults
     for real models as the usual ones."""
     config, _ = parse(["--task", task], "", "train.py")
-    assert report.describe(config, [])["options"] == []
+    name, config.model = config.model, f"{resolve(config.model)}/"
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    config, _ = report.open_run(tmp_path)
+    assert config.model == name and report.describe(config, [])["options"] == []
 
 
 def test_options_that_differ_and_no_path_of_a_machine(make_run, tmp_path):
@@ -341,9 +345,22 @@ def test_a_token_keeps_its_space():
     assert report.vocabulary(groups, chat) == {1: "a", 2: " a", 3: " the", 4: "\ufffd"}
 
 
-def test_a_page_that_fails_loses_no_run(make_run, capsys):
-    """Prevents: an exit code of hours of training that a full disk decides."""
+def test_a_page_that_fails_loses_no_run(make_run, capsys, monkeypatch):
+    """Prevents: an exit code of hours of training that a full disk decides; half a page in
+    place of the one before."""
     run = make_run()
+    page = report.write_page([run])
+    before = page.read_text()
+
+    def full_disk(path, text, **_):
+        path.write_bytes(text[:9].encode())
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        report.at_the_end(run)
+    assert "There is no page" in capsys.readouterr().out and page.read_text() == before
+    page.unlink()
     (run / "report.html").mkdir()  # cannot be replaced
     report.at_the_end(run)
     assert "There is no page" in capsys.readouterr().out
